@@ -1,40 +1,43 @@
-"""Writes device sources into a C++ file, which defines what jit/sources.h declares.
+"""Writes device sources into a C++ file that defines what jit/sources.h declares.
 
 python embed.py OUT.cc FILE...
 """
 
+import itertools
 import sys
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 
-
-def literal(text: str) -> str:
-    """A raw string: the source as it is, behind the first delimiter that does not occur in it."""
-    delimiter = next(d for i in range(len(text)) if f'){(d := f"cuh{i}")}"' not in text)
-    return f'R"{delimiter}({text}){delimiter}"'
-
-
-def main(out: str, *files: str) -> None:
-    sources = sorted(
-        (path.relative_to(CSRC).as_posix(), path) for path in (Path(f).resolve() for f in files)
-    )
-    entries = "".join(
-        f'      {{"{name}", {literal(path.read_text())}}},\n' for name, path in sources
-    )
-    Path(out).write_text(f"""\
+FILE = """\
 #include "jit/sources.h"
 
 namespace deepgemm::jit {{
 
 const std::vector<std::pair<std::string, std::string>>& device_sources() {{
+  // Never destroyed: threads may compile while static objects are.
   static const auto& sources = *new std::vector<std::pair<std::string, std::string>>{{
-{entries}  }};
+{entries}
+  }};
   return sources;
 }}
 
 }}  // namespace deepgemm::jit
-""")
+"""
+
+
+def literal(text: str) -> str:
+    """A raw string, with the first delimiter that does not end it too early."""
+    delimiters = (f"cuh{i}" for i in itertools.count())
+    delimiter = next(d for d in delimiters if f'){d}"' not in text)
+    return f'R"{delimiter}({text}){delimiter}"'
+
+
+def main(out: str, *files: str) -> None:
+    names = sorted(Path(file).resolve().relative_to(CSRC).as_posix() for file in files)
+    sources = {name: (CSRC / name).read_text(encoding="utf-8") for name in names}
+    entries = (f'      {{"{name}", {literal(text)}}},' for name, text in sources.items())
+    Path(out).write_text(FILE.format(entries="\n".join(entries)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 
 #include "jit/sources.h"
@@ -62,8 +64,12 @@ Nvrtc load(const Libraries& libraries) {
 }
 
 const Nvrtc& nvrtc(const Libraries& libraries) {
-  static const Nvrtc nvrtc = load(libraries);
-  return nvrtc;
+  static std::mutex mutex;
+  static auto& opened = *new std::map<Libraries, Nvrtc>;  // threads may outlive static objects
+  std::lock_guard lock(mutex);
+  auto found = opened.find(libraries);
+  if (found == opened.end()) found = opened.emplace(libraries, load(libraries)).first;
+  return found->second;
 }
 
 std::vector<const char*> pointers(const std::vector<std::string>& strings) {

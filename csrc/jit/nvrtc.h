@@ -8,8 +8,8 @@
 namespace deepgemm::jit {
 
 // `libraries` are the shared objects to open, by full path and in order: NVRTC looks for its
-// builtins by bare name when it compiles and only finds them if they are open already. What was
-// opened first serves the whole process. Both functions throw a sentence if NVRTC cannot be opened.
+// builtins by bare name when it compiles and only finds them if they are open already. They
+// stay open. Both functions throw a sentence if NVRTC cannot be opened.
 using Libraries = std::vector<std::string>;
 
 std::pair<int, int> nvrtc_version(const Libraries& libraries);
