@@ -1,0 +1,1 @@
+"""``bench``: how fast every op is on this GPU, beside what else computes the same."""

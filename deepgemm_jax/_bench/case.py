@@ -1,0 +1,53 @@
+"""What an op brings to be measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from ..runtime import Variant
+
+# What an H200 reaches: tensor cores over a millisecond (TFLOPS) and reads of its memory (GB/s).
+PEAK_TFLOPS = {"fp8": 1770.0, "bf16": 885.0}
+PEAK_GBS = 4545.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function to jit and the arrays to pass: as constants, XLA would fold them away."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op at one shape."""
+
+    program: Program
+    flops: float
+    bytes: float  # each operand read once, the result written once
+    peak: str  # a key of PEAK_TFLOPS
+    config: Mapping[str, int]
+    variant: Variant
+    error: Callable[[jax.Array], float]  # of the program's result, against float64
+    others: Mapping[str, Program]  # measured beside it: a row's field, without "_us", and what
+    chain: Callable[[int], Program]  # so many calls of the op in one program
+
+    @property
+    def floor_us(self) -> float:
+        arithmetic = self.flops / (PEAK_TFLOPS[self.peak] * 1e6)
+        return max(arithmetic, self.bytes / (PEAK_GBS * 1e3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """An op under the name that the reference figures have for it, and its shapes."""
+
+    op: str
+    shapes: Sequence[tuple]
+    chained: Sequence[tuple]  # the shapes at which a chain of calls is timed
+    case: Callable[..., Case]  # of a shape's numbers

@@ -1,0 +1,179 @@
+"""Measures each row, prints it beside its references, and keeps it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .._progress import Progress
+from ..runtime import Variant, compile_variants
+from . import plot
+from .case import PEAK_GBS, PEAK_TFLOPS, Benchmark, Program
+from .registry import BENCHMARKS
+from .results import BENCHMARKS as FOLDER
+from .results import References, Results, Row, about, gpu_slug
+from .timing import ENTRY_POINT, ColdTimer, Timer, mean_us, record, wall_us
+
+CHAIN = 100
+# The result is rounded to bfloat16, which is 0.01 of a row's root mean square where it is largest.
+WRONG = 0.05
+
+# A reference's column tells how many times its time ours is faster.
+COLUMNS: dict[str, tuple[int, Callable[[Row], str]]] = {
+    "op": (20, lambda row: row["op"]),
+    "shape": (18, lambda row: "×".join(map(str, row["shape"]))),
+    "µs": (8, lambda row: f"{row['us']:.2f}"),
+    "TFLOPS": (6, lambda row: f"{row['tflops']:.0f}"),
+    "GB/s": (5, lambda row: f"{row['gbs']:.0f}"),
+    "of floor": (8, lambda row: f"{row['floor_us'] / row['us']:.0%}"),
+    "DeepGEMM": (8, lambda row: _faster(row, "deepgemm_us")),
+    "cuBLASLt": (8, lambda row: _faster(row, "cublaslt_us")),
+    "XLA bf16": (8, lambda row: _faster(row, "xla_bf16_us")),
+    "XLA fp8": (8, lambda row: _faster(row, "xla_fp8_us")),
+    "error": (8, lambda row: f"{row['error']:.1e}"),
+}
+
+
+def main(options: argparse.Namespace) -> int:
+    try:
+        gpu = jax.devices("cuda")[0]
+    except RuntimeError:
+        print("bench needs an NVIDIA GPU that JAX sees; `info` says what is missing here")
+        return 2
+
+    calls, flush_mb = (10, 256) if options.quick else (30, options.flush_mb)
+    name = gpu_slug(gpu.device_kind)
+    folder = options.out or (None if options.quick else FOLDER / "results")
+    results = Results(folder and folder / f"{name}.json", about(method(calls, flush_mb)))
+    failures = measure_all(
+        list(chosen(BENCHMARKS, options.ops, options.shapes)),
+        ColdTimer(calls, flush_mb),
+        results,
+        References(name),
+    )
+    if folder is not None and results.rows:
+        plot.draw(results.rows, gpu.device_kind, folder / f"{name}.png")
+        print(f"written to {folder}")
+    return 1 if failures else 0
+
+
+def method(calls: int, flush_mb: int) -> str:
+    return (
+        f"us: GPU time of the op's own kernels alone (CUPTI), mean of {calls} calls, each after a "
+        f"write of {flush_mb} MiB that empties L2; random normal data quantised to e4m3. total_us, "
+        "with_quantize_us, xla_*_us: all kernels of the jitted op, of the op with A quantised in "
+        "the same jit, and of XLA's own way, timed likewise. error: the largest in a row over the "
+        "row's root mean square, against float64 on the dequantised operands, in a sample of rows. "
+        f"chain_us: a call's time by the clock in one jit of {CHAIN} calls, chain_kernel_us its "
+        "kernel time there. compile_ms, cached_ms: one kernel in a fresh process, with an empty "
+        f"cache and a filled one. floor_us: the larger of arithmetic at {PEAK_TFLOPS} TFLOPS and "
+        f"bytes at {PEAK_GBS:.0f} GB/s."
+    )
+
+
+def chosen(
+    benchmarks: Iterable[Benchmark],
+    ops: Sequence[str] | None,
+    shapes: Sequence[tuple[int, ...]] | None,
+) -> Iterator[tuple[Benchmark, tuple]]:
+    """The rows to measure. An op may be named by its function: "fp8_gemm_nt"."""
+    for benchmark in benchmarks:
+        if not ops or benchmark.op in ops or benchmark.op.split(" ")[0] in ops:
+            for shape in shapes or benchmark.shapes:
+                yield benchmark, shape
+
+
+def measure_all(
+    rows: Sequence[tuple[Benchmark, tuple]], timer: Timer, results: Results, references: References
+) -> int:
+    """Measures and prints the rows; returns how many of them failed."""
+    failures = 0
+    with Progress("bench", len(rows)) as progress:
+        progress.print(_line(list(COLUMNS)))
+        for benchmark, shape in rows:
+            try:
+                row = measure(benchmark, shape, timer)
+                row |= references.compare(row)
+                results.add(row)
+                progress.print(_line([text(row) for _, text in COLUMNS.values()]))
+            except Exception:
+                # The next row may well succeed, and each costs time on a GPU.
+                failures += 1
+                progress.print(f"{benchmark.op} {shape} failed: {traceback.format_exc()}")
+            progress.advance(f"{benchmark.op} {shape}")
+    print_means(results.rows)
+    return failures
+
+
+def measure(benchmark: Benchmark, shape: tuple, timer: Timer) -> Row:
+    case = benchmark.case(*shape)
+    call = _compiled(case.program)
+    error = case.error(call())
+    if not error < WRONG:
+        raise RuntimeError(f"the result is wrong: its error is {error}")
+    kernels = timer(call)
+    us = mean_us(kernels, timer.calls, ENTRY_POINT)
+    row = {
+        "op": benchmark.op,
+        "shape": list(shape),
+        "us": us,
+        "tflops": case.flops / us / 1e6,
+        "gbs": case.bytes / us / 1e3,
+        "floor_us": case.floor_us,
+        "error": error,
+        "total_us": mean_us(kernels, timer.calls),
+    }
+    for name, program in case.others.items():
+        row[f"{name}_us"] = mean_us(timer(_compiled(program)), timer.calls)
+    if shape in benchmark.chained:
+        row["chain_kernel_us"], row["chain_us"] = chain_us(case.chain(CHAIN))
+    row["compile_ms"], row["cached_ms"] = compile_ms(case.variant)
+    row["config"] = dict(case.config)
+    return row
+
+
+def chain_us(chain: Program) -> tuple[float, float]:
+    """Kernel time and time by the clock of one of the chain's calls, with the GPU equally warm."""
+    call, repeats = _compiled(chain), 10
+    kernels = record(lambda: [call() for _ in range(repeats)][-1])
+    by_clock = wall_us(call, repeats)
+    return mean_us(kernels, repeats * CHAIN, ENTRY_POINT), by_clock / CHAIN
+
+
+def _compiled(program: Program) -> Callable[[], Any]:
+    compiled = jax.jit(program.function).lower(*program.args).compile()
+    return functools.partial(compiled, *program.args)
+
+
+@functools.cache
+def compile_ms(variant: Variant) -> tuple[float, float]:
+    """Compiling this kernel, and finding it in the disk cache, each in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        [cold], [cached] = (compile_variants([variant], directory=Path(folder)) for _ in range(2))
+    assert cached.cached and not cold.cached
+    return cold.seconds * 1e3, cached.seconds * 1e3
+
+
+def print_means(rows: Sequence[Row]) -> None:
+    for op in dict.fromkeys(row["op"] for row in rows):
+        ratios = [row["ratio"] for row in rows if row["op"] == op and "ratio" in row]
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            print(f"{op}: {mean:.3f} × DeepGEMM's speed, geometric mean of {len(ratios)} shapes")
+
+
+def _line(cells: Sequence[str]) -> str:
+    widths = [width for width, _ in COLUMNS.values()]
+    return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+
+
+def _faster(row: Row, other: str) -> str:
+    return f"{row[other] / row['us']:.2f}×" if other in row else "–"

@@ -1,0 +1,213 @@
+"""Where kernels are compiled and kept: NVRTC, the disk cache, and filling it ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from . import _C, _compile_worker
+from ._core.device import cuda_device
+from ._progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A kernel to compile: its source in csrc, its config's integers, the GPU's architecture."""
+
+    source: str
+    config: tuple[int, ...]
+    arch: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What compiling a variant took, and whether the disk cache had it already."""
+
+    variant: Variant
+    cached: bool
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheInfo:
+    """The disk cache, and what this process took from it.
+
+    ``compiled``, ``disk_hits`` and ``memory_hits`` count the kernels that this process compiled,
+    read from the disk, or had in memory already.
+    """
+
+    directory: Path
+    entries: int
+    size_bytes: int
+    compiled: int
+    disk_hits: int
+    memory_hits: int
+
+
+def cache_dir() -> Path:
+    """``DEEPGEMM_JAX_CACHE_DIR``, or else ``deepgemm_jax`` in the user's cache folder."""
+    if chosen := os.environ.get("DEEPGEMM_JAX_CACHE_DIR"):
+        return Path(chosen).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepgemm_jax"
+
+
+def _library_folders() -> Iterator[Path]:
+    nvidia = importlib.util.find_spec("nvidia")
+    for root in (nvidia and nvidia.submodule_search_locations) or ():
+        yield Path(root, "cu13", "lib")
+        yield Path(root, "cuda_nvrtc", "lib")
+    yield from map(Path, filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")))
+    yield from sorted(Path("/usr/local").glob("cuda*/lib64"))
+    yield from sorted(Path("/usr/lib").glob("*-linux-gnu"))
+    yield Path("/usr/lib64")
+
+
+def find_nvrtc() -> list[Path]:
+    """NVRTC's shared objects in the order in which they must be opened; empty if there is none.
+
+    Those of pip's packages come before the system's, and before either those of a CUDA version that
+    the driver knows: an older driver does not load what a newer major version has compiled.
+    """
+    newest = (_C.driver_version() or sys.maxsize) // 1000
+    found = [
+        [*sorted(folder.glob(f"libnvrtc-builtins.so.{major}.*"))[-1:], nvrtc]
+        for folder in _library_folders()
+        for major in range(13, 11, -1)
+        if (nvrtc := folder / f"libnvrtc.so.{major}").exists()
+    ]
+    return min(found, key=lambda libraries: _major(libraries[-1]) > newest, default=[])
+
+
+def _major(library: Path) -> int:
+    return int(library.suffix[1:])
+
+
+def clear_cache() -> None:
+    """Delete every compiled kernel from the disk cache.
+
+    Kernels that this process has loaded stay loaded.
+    """
+    for file in _cache_files("*"):
+        file.unlink(missing_ok=True)
+
+
+def cache_info() -> CacheInfo:
+    """Where the disk cache is, what is in it, and what this process took from it."""
+    sizes = [file.stat().st_size for file in _cache_files("cubin")]
+    return CacheInfo(cache_dir(), len(sizes), sum(sizes), **_C.statistics())
+
+
+def _cache_files(suffix: str) -> Iterator[Path]:
+    # By the form of their names, because the folder may hold other files: the user chose it.
+    key = "[0-9a-f]" * 64
+    return cache_dir().glob(f"{key}.{suffix}")
+
+
+def warmup(*, jobs: int | None = None) -> int:
+    """Compile every variant of every kernel for this machine's GPU; returns how many were missing.
+
+    ``jobs`` worker processes compile at once: by default as many as there are CPU cores.
+    """
+    from .gemm import config as gemm
+
+    return _warmup(gemm.SOURCE, gemm.variants(), jobs)
+
+
+def warmup_shapes(
+    shapes: Iterable[tuple[int, int, int]],
+    *,
+    preferred_element_type: DTypeLike = jnp.bfloat16,
+    accumulate: bool = False,
+    jobs: int | None = None,
+) -> int:
+    """Compile what :func:`fp8_gemm_nt` needs for shapes ``(m, n, k)``, ahead of their first call.
+
+    ``accumulate`` stands for calls with ``c=``. Where there is no GPU, the kernels are those for an
+    H200, so that an image can be built with its cache filled. Returns how many were missing.
+
+    >>> deepgemm_jax.warmup_shapes([(1, 4096, 7168), (4096, 4096, 7168)])  # doctest: +SKIP
+    2
+    """
+    from .gemm import config as gemm
+
+    problems = [
+        gemm.Problem(m, n, k, batch=1, out_dtype=preferred_element_type, accumulate=accumulate)
+        for m, n, k in shapes
+    ]
+    device = cuda_device()
+    return _warmup(gemm.SOURCE, [gemm.choose(problem, device) for problem in problems], jobs)
+
+
+def _warmup(source: str, configs: Iterable[Any], jobs: int | None) -> int:
+    arch = cuda_device().arch
+    variants = {Variant(source, dataclasses.astuple(config), arch) for config in configs}
+    with Progress("compile", len(variants)) as progress:
+        compiled = compile_variants(variants, jobs=jobs, on_done=progress.advance)
+    return sum(not result.cached for result in compiled)
+
+
+def compile_variants(
+    variants: Iterable[Variant],
+    *,
+    jobs: int | None = None,
+    directory: Path | None = None,
+    on_done: Callable[[], None] = lambda: None,
+) -> list[Compiled]:
+    """Compile into the disk cache (or ``directory``) in worker processes.
+
+    All variants are tried before the first failure is raised.
+    """
+    variants = list(variants)
+    jobs = min(jobs or len(os.sched_getaffinity(0)), len(variants)) or 1
+    idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+
+    def compile_one(variant: Variant) -> Compiled:
+        worker = idle.get()
+        try:
+            return _ask(worker, variant)
+        finally:
+            idle.put(worker)
+
+    with contextlib.ExitStack() as workers, ThreadPoolExecutor(jobs) as pool:
+        for _ in range(jobs):
+            idle.put(workers.enter_context(_start_worker(directory or cache_dir())))
+        tasks = [pool.submit(compile_one, variant) for variant in variants]
+        for _ in as_completed(tasks):
+            on_done()
+    return [task.result() for task in tasks]
+
+
+def _start_worker(directory: Path) -> subprocess.Popen:
+    command = [sys.executable, "-I", "-S", _compile_worker.__file__]
+    arguments = [_C.__file__, str(directory), *map(str, find_nvrtc())]
+    return subprocess.Popen(
+        command + arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def _ask(worker: subprocess.Popen, variant: Variant) -> Compiled:
+    assert worker.stdin is not None and worker.stdout is not None
+    print(json.dumps(dataclasses.astuple(variant)), file=worker.stdin, flush=True)
+    line = worker.stdout.readline()
+    if not line:
+        raise RuntimeError(f"a compile worker ended with exit code {worker.wait()}")
+    answer = json.loads(line)
+    if error := answer.get("error"):
+        raise RuntimeError(error)
+    return Compiled(variant, answer["cached"], answer["seconds"])
+
+
+_C.configure(str(cache_dir()), [str(library) for library in find_nvrtc()])

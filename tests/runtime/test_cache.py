@@ -1,0 +1,122 @@
+"""The disk cache and its warm-up, with kernels really compiled."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import deepgemm_jax
+from deepgemm_jax import _C, runtime
+from deepgemm_jax._core.device import cuda_device
+from deepgemm_jax.gemm import config as gemm
+
+DEVICE = cuda_device()
+SHAPES = [(1, 576, 7168), (128, 7168, 2048), (4096, 4096, 4096)]
+
+pytestmark = pytest.mark.skipif(not runtime.find_nvrtc(), reason="no NVRTC to compile with")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder of this test's own, also for the extension."""
+    folder = tmp_path / "cache"
+    libraries = [str(library) for library in runtime.find_nvrtc()]
+    monkeypatch.setenv("DEEPGEMM_JAX_CACHE_DIR", str(folder))
+    _C.configure(str(folder), libraries)
+    yield folder
+    monkeypatch.undo()
+    _C.configure(str(runtime.cache_dir()), libraries)
+
+
+def first_call(m: int, n: int, k: int) -> None:
+    """What the first call at this shape does before it can launch."""
+    problem = gemm.Problem(m, n, k, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
+    config = gemm.choose(problem, DEVICE)
+    _C.compile(gemm.SOURCE, dataclasses.astuple(config), DEVICE.arch)
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("DEEPGEMM_JAX_CACHE_DIR", str(tmp_path / "chosen"))
+    assert runtime.cache_dir() == tmp_path / "chosen"
+    monkeypatch.delenv("DEEPGEMM_JAX_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert runtime.cache_dir() == tmp_path / "xdg" / "deepgemm_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert runtime.cache_dir() == tmp_path / ".cache" / "deepgemm_jax"
+
+
+def test_the_extension_uses_the_cache_dir(tmp_path):
+    folder = tmp_path / "chosen"
+    program = "import deepgemm_jax as d; assert d.warmup_shapes([(1, 128, 128)]) == 1"
+    environment = os.environ | {"DEEPGEMM_JAX_CACHE_DIR": str(folder)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert list(folder.glob("*.cubin"))
+
+
+def test_first_calls_after_warmup_compile_nothing(cache):
+    missing = deepgemm_jax.warmup_shapes(SHAPES)
+    assert missing == deepgemm_jax.cache_info().entries > 0
+
+    before = deepgemm_jax.cache_info()
+    for shape in SHAPES:
+        first_call(*shape)
+    after = deepgemm_jax.cache_info()
+    assert after.compiled == before.compiled
+    assert after.disk_hits == before.disk_hits + len(SHAPES)
+
+    assert deepgemm_jax.warmup_shapes(SHAPES) == 0
+
+
+def test_warmup_compiles_every_variant(cache):
+    assert deepgemm_jax.warmup(jobs=2) == len(set(gemm.variants()))
+    assert deepgemm_jax.warmup_shapes(SHAPES) == 0
+    assert deepgemm_jax.warmup_shapes(SHAPES, preferred_element_type="float32") == 0
+
+
+def test_no_shapes_no_work(cache):
+    assert deepgemm_jax.warmup_shapes([]) == 0
+    assert deepgemm_jax.cache_info().entries == 0
+
+
+def test_clear_cache_takes_kernels_only(cache):
+    assert deepgemm_jax.warmup_shapes([(1, 128, 128)]) == 1
+    mine = cache / "notes.cubin"
+    mine.write_text("not a kernel")
+    deepgemm_jax.clear_cache()
+    assert deepgemm_jax.cache_info().entries == deepgemm_jax.cache_info().size_bytes == 0
+    assert list(cache.iterdir()) == [mine]
+    assert deepgemm_jax.warmup_shapes([(1, 128, 128)]) == 1
+
+
+def test_clear_and_info_without_a_folder(cache):
+    deepgemm_jax.clear_cache()
+    assert deepgemm_jax.cache_info().entries == 0
+    assert deepgemm_jax.cache_info().directory == cache
+
+
+def test_a_failure_loses_no_other_variant(cache):
+    good = runtime.Variant(gemm.SOURCE, dataclasses.astuple(gemm.variants()[0]), DEVICE.arch)
+    bad = runtime.Variant("no/such.cuh", (), DEVICE.arch)
+    with pytest.raises(RuntimeError, match="no/such.cuh"):
+        runtime.compile_variants([bad, good], jobs=1)
+    [again] = runtime.compile_variants([good])
+    assert again.cached
+
+
+def test_workers_import_neither_jax_nor_main(cache, tmp_path):
+    """A user's script has no ``if __name__`` guard, and its import may take minutes and a GPU."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, deepgemm_jax\n"
+        f"with open({str(tmp_path / 'runs')!r}, 'a') as runs: runs.write('run ')\n"
+        "deepgemm_jax.warmup_shapes([(1, 128, 128), (4096, 4096, 4096)], jobs=2)\n"
+    )
+    subprocess.run([sys.executable, script], check=True)
+    assert (tmp_path / "runs").read_text() == "run "
+    worker = Path(runtime._compile_worker.__file__).read_text()
+    assert "import jax" not in worker
