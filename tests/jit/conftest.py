@@ -1,0 +1,19 @@
+import pytest
+
+from deepgemm_jax import _C, runtime
+
+
+@pytest.fixture
+def nvrtc():
+    if not (found := runtime.find_nvrtc()):
+        pytest.skip("no NVRTC: install nvidia-cuda-nvrtc")
+    return [str(library) for library in found]
+
+
+@pytest.fixture
+def cache(tmp_path, nvrtc):
+    """The kernel cache's folder while the test runs; nothing has made it yet."""
+    folder = tmp_path / "cache"
+    _C.configure(str(folder), nvrtc)
+    yield folder
+    _C.configure(str(runtime.cache_dir()), nvrtc)
