@@ -15,7 +15,7 @@ import jax
 import deepgemm_jax
 
 from .. import _C
-from .._cli.info import driver_name
+from .._cli.info import cuda_version, driver_version
 
 Row = dict[str, Any]
 
@@ -37,11 +37,10 @@ def kernels_sha256(sources: Mapping[str, str] | None = None) -> str:
 
 
 def about(method: str) -> dict[str, Any]:
-    cuda = _C.driver_version()
     return {
         "gpu": jax.devices()[0].device_kind,
-        "driver": driver_name(),
-        "cuda": cuda and f"{cuda // 1000}.{cuda % 1000 // 10}",
+        "driver": driver_version(),
+        "cuda": cuda_version(),
         "nvrtc": "{}.{}".format(*_C.nvrtc_version()),
         "jax": jax.__version__,
         "deepgemm_jax": deepgemm_jax.__version__,

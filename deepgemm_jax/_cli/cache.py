@@ -5,15 +5,18 @@ from __future__ import annotations
 from .. import runtime
 
 
-def info() -> None:
+def describe() -> str:
     cache = runtime.cache_info()
-    print(f"{cache.directory}\n{cache.entries} kernels, {cache.size_bytes / 1e6:.1f} MB")
+    return f"{cache.entries} kernels, {cache.size_bytes / 1e3:.0f} kB in {cache.directory}"
+
+
+def info() -> None:
+    print(describe())
 
 
 def clear() -> None:
-    info()
+    print(f"deleting {describe()}")
     runtime.clear_cache()
-    print("cleared")
 
 
 def warmup(shapes: list[tuple[int, int, int]] | None, jobs: int | None) -> None:

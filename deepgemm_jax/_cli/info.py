@@ -13,12 +13,20 @@ import deepgemm_jax
 
 from .. import _C, runtime
 from .._core.device import cuda_device
+from ..gemm.op import fp8_gemm_nt
+from . import cache
 
 INSTALL_CUDA = "pip install 'jax[cuda13]', or 'jax[cuda12]' for a driver of CUDA 12"
 
 
-def driver_name() -> str | None:
-    """The NVIDIA driver's version ("580.65.06"), where nvidia-smi tells it."""
+def cuda_version() -> str | None:
+    """The CUDA version that the driver supports ("13.0")."""
+    version = _C.driver_version()
+    return version and f"{version // 1000}.{version % 1000 // 10}"
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's own version ("580.65.06"), where nvidia-smi tells it."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -31,9 +39,10 @@ def run() -> None:
         "deepgemm_jax": deepgemm_jax.__version__,
         "Python": platform.python_version(),
         "JAX": f"{jax.__version__}, jaxlib {jaxlib.__version__}",
+        "driver": _driver(),
         "GPU": _gpu(),
         "NVRTC": _nvrtc(),
-        "cache": _cache(),
+        "cache": cache.describe(),
     }
     width = max(map(len, lines))
     for name, line in lines.items():
@@ -41,20 +50,21 @@ def run() -> None:
 
 
 def _driver() -> str:
-    cuda = _C.driver_version()
-    if cuda is None:
-        return "none (no libcuda.so.1): ops run as plain JAX"
-    return f"{driver_name() or 'version unknown'}, CUDA {cuda // 1000}.{cuda % 1000 // 10}"
+    cuda = cuda_version()
+    return f"{driver_version() or '?'}, CUDA {cuda}" if cuda else "none"
 
 
 def _gpu() -> str:
-    if jax.default_backend() != "gpu":
+    backend = jax.default_backend()
+    if backend != "gpu":
         if _C.driver_version() is None:
-            return f"none, JAX runs on {jax.default_backend()}"
+            return f"none: ops run as plain JAX on {backend}"
         return f"JAX sees none, though a driver is here: {INSTALL_CUDA}"
-    names = ", ".join(sorted({device.device_kind for device in jax.local_devices()}))
     device = cuda_device()
-    return f"{jax.local_device_count()} × {names}, {device.arch}, {device.num_sms} SMs"
+    line = f"{jax.local_device_count()} × {jax.devices()[0].device_kind}, {device.arch}"
+    if device.arch not in fp8_gemm_nt.kernel.archs:
+        return f"{line}: no kernels for it, ops run as plain JAX"
+    return f"{line}, {device.num_sms} SMs"
 
 
 def _nvrtc() -> str:
@@ -66,8 +76,3 @@ def _nvrtc() -> str:
     except RuntimeError as error:
         return f"{libraries[-1]} does not work: {error}"
     return f"{major}.{minor}, {libraries[-1]}"
-
-
-def _cache() -> str:
-    info = runtime.cache_info()
-    return f"{info.directory}: {info.entries} kernels, {info.size_bytes / 1e6:.1f} MB"
