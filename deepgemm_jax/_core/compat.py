@@ -1,0 +1,84 @@
+"""Everything that reaches past JAX's documented API, or differs between the versions supported.
+
+Supported: 0.10.2 and later; seen to work on 0.10.2, 0.11.2 and 0.12.0.1.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax._src import dispatch
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh, AxisType
+
+LoweringContext = mlir.LoweringRuleContext
+
+
+def make_primitive(
+    name: str,
+    *,
+    abstract_eval: Callable,
+    jvp: Callable,
+    batch: Callable,
+    lower: dict[str | None, Callable],
+) -> Primitive:
+    """A primitive with a list of results from its rules; `lower` by platform, None for the rest."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="params"))
+    primitive.def_abstract_eval(abstract_eval)
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch
+    for platform, lowering in lower.items():
+        mlir.register_lowering(primitive, lowering, platform=platform)
+    # Without this, a lowering is not told the mesh, and custom_partitioning, which these lowerings
+    # emit, asks for it.
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+    return primitive
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The manual mesh axes along which an array or its type differs from device to device."""
+    return _type(x).manual_axis_type.varying
+
+
+def vary_alike(operands: Sequence[Any]) -> list[Any]:
+    """Casts every operand to vary along each axis that any of them varies along."""
+    union = frozenset().union(*map(varying_axes, operands))
+    return [
+        jax.lax.pcast(x, tuple(missing), to="varying")
+        if (missing := sorted(union - varying_axes(x)))
+        else x
+        for x in operands
+    ]
+
+
+def explicit_axes(mesh: AbstractMesh) -> frozenset[str]:
+    """The mesh axes that are part of the types of arrays."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in types if kind == AxisType.Explicit)
+
+
+def partitioned(ctx: LoweringContext) -> bool:
+    """Whether XLA will cut what is lowered here along the axes of a mesh."""
+    axes = ctx.module_context.axis_context
+    return (
+        isinstance(axes, mlir.ShardingContext)
+        and axes.num_devices > 1
+        # A program of many devices in which no array is sharded has none.
+        and axes.abstract_mesh is not None
+    )
+
+
+def platforms(ctx: LoweringContext) -> Sequence[str]:
+    return ctx.platforms or ctx.module_context.platforms
+
+
+def lower_fun(function: Callable) -> Callable:
+    """The lowering of a traceable function that returns a list."""
+    return mlir.lower_fun(function, multiple_results=True)
+
+
+def _type(x: Any) -> Any:
+    return x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)

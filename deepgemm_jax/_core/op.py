@@ -1,0 +1,213 @@
+"""`Op`: what an op is, said once, and every rule that JAX wants of a primitive."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from . import compat
+from .batching import Batcher
+from .device import Device, cuda_device
+from .partition import Partitioner
+from .signature import Signature
+
+logger = logging.getLogger("deepgemm_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """The static parameters of a call. An op derives its own from these."""
+
+    implementation: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How XLA calls an op on a GPU."""
+
+    target: str  # the FFI target's name
+    archs: tuple[str, ...]
+    # (params, operands' types, device) -> the FFI attributes
+    attributes: Callable[[Any, Sequence[Any], Device], Mapping[str, Any]]
+    # operands whose last two dims lie the other way round in memory
+    column_major: tuple[str, ...] = ()
+    # operand -> the result that may take its memory
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Op:
+    """An op, from which its JAX primitive is made.
+
+    Args:
+      name: how errors call it.
+      operands, results: name -> array, in the notation of `signature.py`.
+      limits: factor -> (least length, what the length must be a multiple of).
+      reference: `(params, *operands)` -> list of results, in plain JAX: the lowering wherever
+        there is no kernel.
+      kernel: the lowering on a GPU.
+      derivative: why there is none and what to do instead, for who asks for one.
+      check: `(params, operands)`, raises for what the signature does not say.
+      fold: factors into which `vmap` may fold a batch, the best first.
+      whole: factors that are never divided among devices.
+      divide: `(total, params, *operands)` -> list of results, when a contracted factor is divided
+        among devices: `total(params, *operands)` is the op on the parts, summed over devices. A
+        contracted factor is not divided without it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        operands: Mapping[str, str],
+        results: Mapping[str, str],
+        limits: Mapping[str, tuple[int, int]],
+        reference: Callable,
+        kernel: Kernel,
+        derivative: str,
+        check: Callable | None = None,
+        fold: Sequence[str] = (),
+        whole: Sequence[str] = (),
+        divide: Callable | None = None,
+    ):
+        self.name = name
+        self.reference = reference
+        self.kernel = kernel
+        self.derivative = derivative
+        self.check = check
+        self.divide = divide
+        self.signature = Signature(name, operands, results, limits)
+        self.batcher = Batcher(self.signature, fold)
+        if divide is None:
+            whole = (*whole, *self.signature.contracted())
+        self.partitioner = Partitioner(self.signature, whole)
+        self.primitive = compat.make_primitive(
+            name,
+            abstract_eval=self._abstract_eval,
+            jvp=self._jvp,
+            batch=self._batch,
+            lower={
+                None: functools.partial(self._lower, self._lower_elsewhere),
+                "cuda": functools.partial(self._lower, self._lower_cuda),
+            },
+        )
+
+    def __call__(self, *operands: jax.Array, params: Params) -> Any:
+        """The op's results for one problem; ValueError or TypeError for operands that do not fit.
+
+        Trailing optional operands may be absent.
+        """
+        if params.implementation not in (None, "cuda", "xla"):
+            raise ValueError(
+                f"{self.name}: implementation is {params.implementation!r}, "
+                "wanted None, 'cuda' or 'xla'"
+            )
+        self.signature.check(operands, params)
+        if self.check is not None:
+            self.check(params, operands)
+        results = self._bind(params, operands)
+        return results if len(results) > 1 else results[0]
+
+    def _bind(self, params: Params, operands: Sequence[Any]) -> list[Any]:
+        return self.primitive.bind(*compat.vary_alike(operands), params=params)
+
+    # Tracing.
+
+    def _abstract_eval(self, *avals, params):
+        sizes = self.signature.sizes([aval.shape for aval in avals])
+        mesh, cut = self.partitioner.typed(avals)
+        specs = self.partitioner.specs(self.signature.results, cut, sizes)
+        if len({compat.varying_axes(aval) for aval in avals}) > 1:
+            raise ValueError(f"{self.name}: operands vary along different mesh axes: {avals}")
+        return [
+            avals[0].update(
+                shape=array.shape(sizes),
+                dtype=array.allowed(params)[0],
+                weak_type=False,
+                sharding=NamedSharding(mesh, spec),
+            )
+            for array, spec in zip(self.signature.results, specs, strict=True)
+        ]
+
+    def _jvp(self, primals, tangents, *, params):
+        raise NotImplementedError(f"{self.name} has no derivative: {self.derivative}")
+
+    def _batch(self, operands, batch_dims, *, params):
+        return self.batcher(functools.partial(self._bind, params), operands, batch_dims)
+
+    # Lowering.
+
+    def _lower(self, lower, ctx, *operands, params):
+        """Cuts the call where it spans devices, else lowers it by `lower`.
+
+        Only here, so that every transformation before sees one plain primitive.
+        """
+        piece = functools.partial(self._piece, params)
+        mesh, _ = self.partitioner.typed(ctx.avals_in)
+        if compat.explicit_axes(mesh):
+            call = self.partitioner.explicit(piece, ctx.avals_in)
+        elif compat.partitioned(ctx):
+            call = self.partitioner.automatic(piece, ctx.avals_in)
+        else:
+            return lower(ctx, *operands, params=params)
+        return compat.lower_fun(call)(ctx, *operands)
+
+    def _piece(self, params, operands, contracted_axes):
+        """One device's part of a call whose contraction is divided along these mesh axes."""
+        if not contracted_axes:
+            return self._bind(params, operands)
+
+        def total(params, *operands):
+            return [jax.lax.psum(x, contracted_axes) for x in self._bind(params, operands)]
+
+        return self.divide(total, params, *operands)
+
+    def _lower_reference(self, ctx, *operands, params):
+        return compat.lower_fun(functools.partial(self.reference, params))(ctx, *operands)
+
+    def _lower_elsewhere(self, ctx, *operands, params):
+        if params.implementation == "cuda":
+            raise NotImplementedError(self._no_kernel(" or ".join(compat.platforms(ctx))))
+        return self._lower_reference(ctx, *operands, params=params)
+
+    def _lower_cuda(self, ctx, *operands, params):
+        # A kernel that is never launched would be an empty CUDA graph, which is an error.
+        if params.implementation == "xla" or any(0 in aval.shape for aval in ctx.avals_in):
+            return self._lower_reference(ctx, *operands, params=params)
+        device = cuda_device()
+        if device.arch not in self.kernel.archs:
+            if params.implementation == "cuda":
+                raise NotImplementedError(self._no_kernel(device.arch))
+            _warn_once(f"{self._no_kernel(device.arch)}: plain JAX takes its place")
+            return self._lower_reference(ctx, *operands, params=params)
+        results = [array.name for array in self.signature.results]
+        arrays = self.signature.operands[: len(operands)]
+        call = jax.ffi.ffi_lowering(
+            self.kernel.target,
+            operand_layouts=[
+                _minor_to_major(aval.ndim, array.name in self.kernel.column_major)
+                for array, aval in zip(arrays, ctx.avals_in, strict=True)
+            ],
+            operand_output_aliases={
+                number: results.index(self.kernel.aliases[array.name])
+                for number, array in enumerate(arrays)
+                if array.name in self.kernel.aliases
+            },
+        )
+        return call(ctx, *operands, **self.kernel.attributes(params, ctx.avals_in, device))
+
+    def _no_kernel(self, arch: str) -> str:
+        return f"{self.name} has no kernel for {arch}, only for {', '.join(self.kernel.archs)}"
+
+
+def _minor_to_major(ndim: int, column_major: bool) -> tuple[int, ...]:
+    dims = tuple(reversed(range(ndim)))
+    return (dims[1], dims[0], *dims[2:]) if column_major else dims
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
