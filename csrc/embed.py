@@ -15,8 +15,7 @@ FILE = """\
 namespace deepgemm::jit {{
 
 const std::vector<std::pair<std::string, std::string>>& device_sources() {{
-  // Never destroyed: threads may compile while static objects are.
-  static const auto& sources = *new std::vector<std::pair<std::string, std::string>>{{
+  static const std::vector<std::pair<std::string, std::string>> sources = {{
 {entries}
   }};
   return sources;

@@ -79,9 +79,9 @@ NB_MODULE(_C, m) {
   m.def("nvrtc_version", [] { return jit::nvrtc_version(); }, WithoutGil());
   m.def("driver_version", jit::driver_version);
   m.def("statistics", [] {
-    const jit::Statistics s = jit::statistics();
-    return std::map<std::string, int64_t>{
-        {"compiled", s.compiled}, {"disk_hits", s.disk_hits}, {"memory_hits", s.memory_hits}};
+    return std::map<std::string, int64_t>{{"compiled", jit::statistics.compiled},
+                                          {"disk_hits", jit::statistics.disk_hits},
+                                          {"memory_hits", jit::statistics.memory_hits}};
   });
   m.def("device_sources", [] {
     return std::map<std::string, std::string>(jit::device_sources().begin(),

@@ -63,12 +63,12 @@ std::string unique_name(const std::string& name) {
 
 Cache::Cache(const std::string& path) : path_(path) {
   if (path.empty()) return;
-  std::error_code ignored;  // whatever is wrong with the path, open() finds it too
-  std::filesystem::create_directories(std::filesystem::path(path).parent_path(), ignored);
-  mkdir(path.c_str(), 0700);
+  std::error_code error;
+  std::filesystem::create_directories(std::filesystem::path(path).parent_path(), error);
+  if (mkdir(path.c_str(), 0700) != 0 && errno != EEXIST && !error) error = last_error();
   directory_ = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (directory_ < 0) {
-    missing_ = last_error();
+    missing_ = error ? error : last_error();
     return;
   }
 

@@ -1,6 +1,5 @@
 #include "jit/compile.h"
 
-#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
@@ -23,8 +22,6 @@ Settings settings() {
   std::lock_guard lock(settings_mutex);
   return configured;
 }
-
-std::atomic<int64_t> compiled, disk_hits, memory_hits;
 
 std::string joined(const std::vector<int>& config) {
   std::string text;
@@ -101,7 +98,7 @@ Compilation find_or_compile(const Variant& variant) {
   const auto find = [&]() -> std::optional<Compilation> {
     auto entry = cache.load(key);
     if (!entry) return std::nullopt;
-    ++disk_hits;
+    ++statistics.disk_hits;
     return Compilation{std::move(entry->cubin), std::move(entry->log), true, 0};
   };
 
@@ -111,7 +108,7 @@ Compilation find_or_compile(const Variant& variant) {
 
   NvrtcOutput output = nvrtc_compile(now.nvrtc, variant.source, options(variant));
   if (!output.error.empty()) fail(variant, output, cache.store_log(key, output.log));
-  ++compiled;
+  ++statistics.compiled;
   if (const auto error = cache.store(key, {output.cubin, output.log})) {
     warn_once(now.cache_dir, error);
   }
@@ -134,9 +131,5 @@ Compilation compile(const Variant& variant) {
 }
 
 std::pair<int, int> nvrtc_version() { return nvrtc_version(settings().nvrtc); }
-
-Statistics statistics() { return {compiled, disk_hits, memory_hits}; }
-
-void count_memory_hit() { ++memory_hits; }
 
 }  // namespace deepgemm::jit

@@ -1,10 +1,12 @@
 // From a kernel variant to its cubin: through the disk cache, or NVRTC.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -39,13 +41,13 @@ Compilation compile(const Variant& variant);
 
 std::pair<int, int> nvrtc_version();  // throws a sentence if there is no NVRTC
 
+// What this process did so far.
 struct Statistics {
-  int64_t compiled;     // by NVRTC, in this process
-  int64_t disk_hits;    // found in the disk cache
-  int64_t memory_hits;  // asked for again in this process (Kernel::get)
+  std::atomic<int64_t> compiled;     // by NVRTC
+  std::atomic<int64_t> disk_hits;    // found in the disk cache
+  std::atomic<int64_t> memory_hits;  // asked of Kernel::get again
 };
-Statistics statistics();
-void count_memory_hit();
+inline Statistics statistics{};
 
 // A Config is an aggregate of ints; Python lists their values in the order of its fields.
 template <class Config, class Ints>

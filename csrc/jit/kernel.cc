@@ -32,7 +32,7 @@ const Kernel& Kernel::get(const Variant& variant) {
   Slot& slot = slot_of(variant);
   std::lock_guard lock(slot.mutex);
   if (slot.kernel) {
-    count_memory_hit();
+    ++statistics.memory_hits;
   } else {
     slot.kernel.reset(new Kernel(compile(variant).cubin));
   }

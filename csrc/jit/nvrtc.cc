@@ -65,7 +65,7 @@ Nvrtc load(const Libraries& libraries) {
 
 const Nvrtc& nvrtc(const Libraries& libraries) {
   static std::mutex mutex;
-  static auto& opened = *new std::map<Libraries, Nvrtc>;  // threads may outlive static objects
+  static std::map<Libraries, Nvrtc> opened;
   std::lock_guard lock(mutex);
   auto found = opened.find(libraries);
   if (found == opened.end()) found = opened.emplace(libraries, load(libraries)).first;

@@ -5,9 +5,7 @@ from deepgemm_jax import _C, runtime
 
 @pytest.fixture
 def nvrtc():
-    if not (found := runtime.find_nvrtc()):
-        pytest.skip("no NVRTC: install nvidia-cuda-nvrtc")
-    return [str(library) for library in found]
+    return [str(library) for library in runtime.find_nvrtc()]
 
 
 @pytest.fixture
