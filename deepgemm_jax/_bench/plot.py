@@ -47,8 +47,11 @@ def draw(rows: Sequence[Row], gpu: str, path: Path) -> None:
     floor.axvline(1, color="0.6", linewidth=1)
     floor.set_yticks(range(len(rows)), labels, fontsize=7)
     floor.set(xscale="log", xlabel="time over floor", ylim=(len(rows) - 0.5, -0.5))
+    ticks = [1, 1.5, 2, 3, 5, 10]
+    floor.set_xticks(ticks, [f"{tick}×" for tick in ticks])
+    floor.minorticks_off()
     floor.grid(axis="y", color="0.9")
-    floor.legend(loc="lower right")
+    floor.legend(loc="upper right")
 
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -114,6 +114,21 @@ def test_a_failure_loses_no_other_variant(cache):
     assert again.cached
 
 
+@pytest.mark.gpu
+def test_first_calls_on_a_gpu_compile_nothing(cache):
+    deepgemm_jax.warmup_shapes(SHAPES)
+    program = f"""
+import deepgemm_jax, jax.numpy as jnp
+for m, n, k in {SHAPES}:
+    a = jnp.ones((m, k), jnp.float8_e4m3fn), jnp.ones((m, -(-k // 128)))
+    b = jnp.ones((n, k), jnp.float8_e4m3fn), jnp.ones((-(-n // 128), -(-k // 128)))
+    deepgemm_jax.fp8_gemm_nt(a, b, implementation="cuda")
+info = deepgemm_jax.cache_info()
+assert info.compiled == 0 < info.disk_hits, info
+"""
+    run_python("-c", program, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+
+
 def test_workers_leave_the_script_alone(cache, tmp_path):
     """A user's script has no ``if __name__`` guard, and to run it again may take minutes."""
     script = tmp_path / "script.py"
