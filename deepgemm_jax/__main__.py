@@ -82,7 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
         case "cache":
             from ._cli import cache
 
-            cache.clear() if options.action == "clear" else cache.info()
+            if options.action == "clear":
+                cache.clear()
+            else:
+                cache.info()
         case "bench":
             from ._bench import run
 

@@ -88,11 +88,7 @@ def find_nvrtc() -> list[Path]:
         for major in range(13, 11, -1)
         if (nvrtc := folder / f"libnvrtc.so.{major}").exists()
     ]
-    return min(found, key=lambda libraries: _major(libraries[-1]) > newest, default=[])
-
-
-def _major(library: Path) -> int:
-    return int(library.suffix[1:])
+    return min(found, key=lambda libraries: int(libraries[-1].suffix[1:]) > newest, default=[])
 
 
 def clear_cache() -> None:
@@ -146,6 +142,7 @@ def warmup_shapes(
     problems = [
         gemm.Problem(m, n, k, batch=1, out_dtype=preferred_element_type, accumulate=accumulate)
         for m, n, k in shapes
+        if m > 0
     ]
     device = cuda_device()
     return _warmup(gemm.SOURCE, [gemm.choose(problem, device) for problem in problems], jobs)

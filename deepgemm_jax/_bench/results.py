@@ -19,8 +19,6 @@ from .._cli.info import cuda_version, driver_version
 
 Row = dict[str, Any]
 
-BENCHMARKS = Path(deepgemm_jax.__file__).parents[1] / "benchmarks"
-
 
 def gpu_slug(device_kind: str) -> str:
     """A file name for a GPU: "h200" for "NVIDIA H200"."""
@@ -51,10 +49,11 @@ def about(method: str) -> dict[str, Any]:
 
 
 class References:
-    """The figures of others on this GPU, from benchmarks/reference; none where there are none."""
+    """The figures of others on this GPU, where there are any."""
 
-    def __init__(self, gpu: str, folder: Path = BENCHMARKS / "reference"):
-        file = folder / f"{gpu}_deepgemm.json"
+    def __init__(self, file: Path):
+        if not file.exists():
+            print(f"there is no {file} here with figures to compare with")
         rows = json.loads(file.read_text())["rows"] if file.exists() else []
         self._rows = {_key(row): row for row in rows}
 

@@ -18,9 +18,8 @@ from ..runtime import Variant, compile_variants
 from . import plot
 from .case import PEAK_GBS, PEAK_TFLOPS, Benchmark, Program
 from .registry import BENCHMARKS
-from .results import BENCHMARKS as FOLDER
 from .results import References, Results, Row, about, gpu_slug
-from .timing import ENTRY_POINT, ColdTimer, Timer, mean_us, record, wall_us
+from .timing import ENTRY_POINT, ColdTimer, Timer, mean_us, record, repeat, wall_us
 
 CHAIN = 100
 # The result is rounded to bfloat16, which is 0.01 of a row's root mean square where it is largest.
@@ -51,13 +50,13 @@ def main(options: argparse.Namespace) -> int:
 
     calls, flush_mb = (10, 256) if options.quick else (30, options.flush_mb)
     name = gpu_slug(gpu.device_kind)
-    folder = options.out or (None if options.quick else FOLDER / "results")
+    folder = options.out or (None if options.quick else Path("benchmarks/results"))
     results = Results(folder and folder / f"{name}.json", about(method(calls, flush_mb)))
     failures = measure_all(
         list(chosen(BENCHMARKS, options.ops, options.shapes)),
         ColdTimer(calls, flush_mb),
         results,
-        References(name),
+        References(Path(f"benchmarks/reference/{name}_deepgemm.json")),
     )
     if folder is not None and results.rows:
         plot.draw(results.rows, gpu.device_kind, folder / f"{name}.png")
@@ -109,7 +108,7 @@ def measure_all(
                 failures += 1
                 progress.print(f"{benchmark.op} {shape} failed: {traceback.format_exc()}")
             progress.advance(f"{benchmark.op} {shape}")
-    print_means(results.rows)
+    print_summary(results.rows)
     return failures
 
 
@@ -143,7 +142,7 @@ def measure(benchmark: Benchmark, shape: tuple, timer: Timer) -> Row:
 def chain_us(chain: Program) -> tuple[float, float]:
     """Kernel time and time by the clock of one of the chain's calls, with the GPU equally warm."""
     call, repeats = _compiled(chain), 10
-    kernels = record(lambda: [call() for _ in range(repeats)][-1])
+    kernels = record(lambda: repeat(call, repeats))
     by_clock = wall_us(call, repeats)
     return mean_us(kernels, repeats * CHAIN, ENTRY_POINT), by_clock / CHAIN
 
@@ -162,7 +161,18 @@ def compile_ms(variant: Variant) -> tuple[float, float]:
     return cold.seconds * 1e3, cached.seconds * 1e3
 
 
-def print_means(rows: Sequence[Row]) -> None:
+def print_summary(rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    for row in rows:
+        if "chain_us" in row:
+            alone, there = (row["chain_us"] / row[field] for field in ("us", "chain_kernel_us"))
+            print(
+                f"{row['op']} {row['shape']}: in a chain of {CHAIN}, a call takes "
+                f"{row['chain_us']:.2f} µs, {there:.3f} × its kernel there, {alone:.3f} × alone"
+            )
+    slowest, load = (max(row[field] for row in rows) for field in ("compile_ms", "cached_ms"))
+    print(f"no kernel takes more than {slowest:.0f} ms to compile, {load:.1f} ms from the cache")
     for op in dict.fromkeys(row["op"] for row in rows):
         ratios = [row["ratio"] for row in rows if row["op"] == op and "ratio" in row]
         if ratios:
