@@ -65,6 +65,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def method(calls: int, flush_mb: int) -> str:
+    peaks = ", ".join(f"{peak:.0f} TFLOPS in {kind}" for kind, peak in PEAK_TFLOPS.items())
     return (
         f"us: GPU time of the op's own kernels alone (CUPTI), mean of {calls} calls, each after a "
         f"write of {flush_mb} MiB that empties L2; random normal data quantised to e4m3. total_us, "
@@ -73,8 +74,8 @@ def method(calls: int, flush_mb: int) -> str:
         "row's root mean square, against float64 on the dequantised operands, in a sample of rows. "
         f"chain_us: a call's time by the clock in one jit of {CHAIN} calls, chain_kernel_us its "
         "kernel time there. compile_ms, cached_ms: one kernel in a fresh process, with an empty "
-        f"cache and a filled one. floor_us: the larger of arithmetic at {PEAK_TFLOPS} TFLOPS and "
-        f"bytes at {PEAK_GBS:.0f} GB/s."
+        "cache and a filled one (up to the cubin, not its loading into the driver). floor_us: the "
+        f"larger of arithmetic at {peaks}, and bytes at {PEAK_GBS:.0f} GB/s."
     )
 
 

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from deepgemm_jax import runtime
+from deepgemm_jax.__main__ import main
 from deepgemm_jax._bench import plot, run, timing
 from deepgemm_jax._bench.registry import BENCHMARKS
 from deepgemm_jax._bench.results import References, Results, gpu_slug, kernels_sha256
@@ -57,6 +58,34 @@ def test_a_run_writes_the_rows(tmp_path, no_references, capsys):
         assert row["config"]
         assert "ratio" not in row and "deepgemm_us" not in row
     assert "24×144×272" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not runtime.find_nvrtc(), reason="no NVRTC to compile with")
+def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    cpu = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *_: cpu)
+    monkeypatch.setattr(run, "ColdTimer", lambda calls, flush_mb: FakeTimer())
+    assert (
+        main(["bench", "--op", "fp8_gemm_nt", "--shape", "16,32,48", "--out", str(tmp_path)]) == 0
+    )
+    name = gpu_slug(cpu[0].device_kind)
+    about = json.loads((tmp_path / f"{name}.json").read_text())["about"]
+    assert about["kernels_sha256"] == kernels_sha256()
+    assert (tmp_path / f"{name}.png").exists()
+    assert "16×32×48" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not runtime.find_nvrtc(), reason="no NVRTC to compile with")
+def test_a_chain_calls_the_op_as_often_as_it_says(monkeypatch):
+    def count(call):
+        return [("kernel", 3.0)] * len(call()) * 10
+
+    monkeypatch.setattr(run, "CHAIN", 5)
+    monkeypatch.setattr(run, "record", count)
+    row = run.measure(dataclasses.replace(GEMM, chained=[(16, 32, 48)]), (16, 32, 48), FakeTimer())
+    assert row["chain_kernel_us"] == 3.0
+    assert row["chain_us"] > 0
 
 
 def test_a_failed_row_loses_no_other(tmp_path, no_references, capsys):
