@@ -3,6 +3,14 @@
 __version__ = "0.1.0"
 
 from .gemm import fp8_gemm_nt
+from .runtime import cache_info, clear_cache, warmup, warmup_shapes
 from .scaled import ScaledArray
 
-__all__ = ["ScaledArray", "fp8_gemm_nt"]
+__all__ = [
+    "ScaledArray",
+    "cache_info",
+    "clear_cache",
+    "fp8_gemm_nt",
+    "warmup",
+    "warmup_shapes",
+]

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 BLOCK = 128
@@ -41,19 +42,30 @@ class ScaledArray:
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """`data` times `scale`, element by element, computed in float32."""
         data, scale = jnp.asarray(self.data), jnp.asarray(self.scale)
+        shapes = f"ScaledArray: scale has shape {scale.shape} for data of shape {data.shape}"
+        if scale.ndim != data.ndim:
+            raise ValueError(f"{shapes}, wanted {data.ndim} dimensions")
         for axis, (length, entries) in enumerate(zip(data.shape, scale.shape, strict=True)):
-            if entries == length or entries == 1:
+            if entries in (1, length):
                 continue
             if entries != -(-length // BLOCK):
                 raise ValueError(
-                    f"ScaledArray: scale has shape {scale.shape} for data of shape {data.shape}: "
-                    f"wanted {length}, {-(-length // BLOCK)} or 1 along axis {axis}"
+                    f"{shapes}, wanted {length}, {-(-length // BLOCK)} or 1 along axis {axis}"
                 )
-            scale = jnp.repeat(scale, BLOCK, axis).take(jnp.arange(length), axis)
+            scale = jax.lax.slice_in_dim(jnp.repeat(scale, BLOCK, axis), 0, length, axis=axis)
         return (data.astype(jnp.float32) * scale).astype(dtype)
 
     def __repr__(self) -> str:
         return f"ScaledArray({_brief(self.data)}, scale={_brief(self.scale)})"
+
+
+jax.export.register_pytree_node_serialization(
+    ScaledArray,
+    serialized_name="deepgemm_jax.ScaledArray",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: None,
+    from_children=lambda _, children: ScaledArray(*children),
+)
 
 
 def unpack(op: str, name: str, x: Any) -> tuple[jax.Array, jax.Array]:

@@ -56,8 +56,17 @@ def vary_alike(operands: Sequence[Any]) -> list[Any]:
 
 def explicit_axes(mesh: AbstractMesh) -> frozenset[str]:
     """The mesh axes that are part of the types of arrays."""
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return frozenset(name for name, kind in types if kind == AxisType.Explicit)
+    return _axes(mesh, AxisType.Explicit)
+
+
+def auto_axes(mesh: AbstractMesh) -> frozenset[str]:
+    """The mesh axes that are left to XLA."""
+    return _axes(mesh, AxisType.Auto)
+
+
+def _axes(mesh: AbstractMesh, kind: AxisType) -> frozenset[str]:
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, type_ in axes if type_ == kind)
 
 
 def partitioned(ctx: LoweringContext) -> bool:

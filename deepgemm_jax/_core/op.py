@@ -13,6 +13,7 @@ from . import compat
 from .batching import Batcher
 from .device import Device, cuda_device
 from .partition import Partitioner
+from .registration import register_handlers
 from .signature import Signature
 
 logger = logging.getLogger("deepgemm_jax")
@@ -73,6 +74,7 @@ class Op:
         whole: Sequence[str] = (),
         divide: Callable | None = None,
     ):
+        register_handlers()
         self.name = name
         self.reference = reference
         self.kernel = kernel
@@ -90,8 +92,8 @@ class Op:
             jvp=self._jvp,
             batch=self._batch,
             lower={
-                None: functools.partial(self._lower, self._lower_elsewhere),
-                "cuda": functools.partial(self._lower, self._lower_cuda),
+                "cuda": functools.partial(self._lower, on_gpu=True),
+                None: functools.partial(self._lower, on_gpu=False),
             },
         )
 
@@ -140,20 +142,39 @@ class Op:
 
     # Lowering.
 
-    def _lower(self, lower, ctx, *operands, params):
-        """Cuts the call where it spans devices, else lowers it by `lower`.
+    def _lower(self, ctx, *operands, params, on_gpu):
+        """Cuts the call where it spans devices, else lowers it to the kernel or the reference.
 
         Only here, so that every transformation before sees one plain primitive.
         """
+        has_kernel = self._has_kernel(
+            cuda_device().arch if on_gpu else " or ".join(compat.platforms(ctx)), params, on_gpu
+        )
         piece = functools.partial(self._piece, params)
         mesh, _ = self.partitioner.typed(ctx.avals_in)
-        if compat.explicit_axes(mesh):
+        partitioned = compat.partitioned(ctx)
+        if compat.explicit_axes(mesh) and not (partitioned and compat.auto_axes(mesh)):
             call = self.partitioner.explicit(piece, ctx.avals_in)
-        elif compat.partitioned(ctx):
+        elif partitioned:
             call = self.partitioner.automatic(piece, ctx.avals_in)
+        # A kernel with nothing to do launches nothing, which a CUDA graph cannot hold.
+        elif has_kernel and not any(0 in aval.shape for aval in ctx.avals_in):
+            return self._lower_kernel(ctx, operands, params)
         else:
-            return lower(ctx, *operands, params=params)
+            call = functools.partial(self.reference, params)
         return compat.lower_fun(call)(ctx, *operands)
+
+    def _has_kernel(self, arch: str, params: Params, on_gpu: bool) -> bool:
+        if params.implementation == "xla":
+            return False
+        if arch in self.kernel.archs:
+            return True
+        message = f"{self.name} has no kernel for {arch}, only for {', '.join(self.kernel.archs)}"
+        if params.implementation == "cuda":
+            raise NotImplementedError(message)
+        if on_gpu:
+            _warn_once(f"{message}: plain JAX takes its place")
+        return False
 
     def _piece(self, params, operands, contracted_axes):
         """One device's part of a call whose contraction is divided along these mesh axes."""
@@ -165,26 +186,9 @@ class Op:
 
         return self.divide(total, params, *operands)
 
-    def _lower_reference(self, ctx, *operands, params):
-        return compat.lower_fun(functools.partial(self.reference, params))(ctx, *operands)
-
-    def _lower_elsewhere(self, ctx, *operands, params):
-        if params.implementation == "cuda":
-            raise NotImplementedError(self._no_kernel(" or ".join(compat.platforms(ctx))))
-        return self._lower_reference(ctx, *operands, params=params)
-
-    def _lower_cuda(self, ctx, *operands, params):
-        # A kernel that is never launched would be an empty CUDA graph, which is an error.
-        if params.implementation == "xla" or any(0 in aval.shape for aval in ctx.avals_in):
-            return self._lower_reference(ctx, *operands, params=params)
-        device = cuda_device()
-        if device.arch not in self.kernel.archs:
-            if params.implementation == "cuda":
-                raise NotImplementedError(self._no_kernel(device.arch))
-            _warn_once(f"{self._no_kernel(device.arch)}: plain JAX takes its place")
-            return self._lower_reference(ctx, *operands, params=params)
-        results = [array.name for array in self.signature.results]
+    def _lower_kernel(self, ctx, operands, params):
         arrays = self.signature.operands[: len(operands)]
+        results = [array.name for array in self.signature.results]
         call = jax.ffi.ffi_lowering(
             self.kernel.target,
             operand_layouts=[
@@ -197,10 +201,7 @@ class Op:
                 if array.name in self.kernel.aliases
             },
         )
-        return call(ctx, *operands, **self.kernel.attributes(params, ctx.avals_in, device))
-
-    def _no_kernel(self, arch: str) -> str:
-        return f"{self.name} has no kernel for {arch}, only for {', '.join(self.kernel.archs)}"
+        return call(ctx, *operands, **self.kernel.attributes(params, ctx.avals_in, cuda_device()))
 
 
 def _minor_to_major(ndim: int, column_major: bool) -> tuple[int, ...]:

@@ -1,0 +1,96 @@
+"""fp8_gemm_nt in processes of its own: what they share, and what one finds that another left."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+
+
+def start(script: str, *arguments, **environment) -> subprocess.Popen:
+    path = os.pathsep.join([str(TESTS), *sys.path])
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output.splitlines()[-1]
+
+
+CACHED = """
+import jax
+from deepgemm_jax import fp8_gemm_nt
+from oracles import random_problem
+
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append("cache_hits" in event))
+jax.jit(fp8_gemm_nt)(*random_problem(0, 64, 128, 256))
+print(sum(hits))
+"""
+
+
+def test_second_process_finds_the_executable_in_jax_cache(tmp_path):
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    assert finish(start(CACHED, **environment)) == "0"
+    assert finish(start(CACHED, **environment)) == "1"
+
+
+DIVIDED = """
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from deepgemm_jax import fp8_gemm_nt
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracles import assert_close, Oracle, product, random_problem
+
+address, process, kind = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(process))
+a, b = random_problem(0, 64, 512, 1024)
+mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType[kind],) * 2)
+
+
+def put(x, *spec):
+    sharding = NamedSharding(mesh, P(*spec))
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda i: leaf[i]), x
+    )
+
+
+with jax.set_mesh(mesh):
+    # K over the axis whose devices are in two processes.
+    d = jax.jit(lambda a, b: fp8_gemm_nt(a, b, preferred_element_type=jnp.float32))(
+        put(a, "y", "x"), put(b, None, "x")
+    )
+oracle = product(a, b)
+for shard in d.addressable_shards:
+    assert_close(shard.data, Oracle(oracle.value[shard.index], oracle.magnitude[shard.index]))
+print("close")
+"""
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_mesh_of_two_processes(kind):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = "--xla_force_host_platform_device_count=4"
+    processes = [start(DIVIDED, address, i, kind, XLA_FLAGS=flags) for i in range(2)]
+    assert [finish(process) for process in processes] == ["close", "close"]
