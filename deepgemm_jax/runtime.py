@@ -10,6 +10,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -61,7 +62,12 @@ def cache_dir() -> Path:
     """``DEEPGEMM_JAX_CACHE_DIR``, or else ``deepgemm_jax`` in the user's cache folder."""
     if chosen := os.environ.get("DEEPGEMM_JAX_CACHE_DIR"):
         return Path(chosen).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepgemm_jax"
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "deepgemm_jax"
+    try:
+        return Path.home() / ".cache" / "deepgemm_jax"
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.gettempdir()) / f"deepgemm_jax_{os.getuid()}"
 
 
 def _library_folders() -> Iterator[Path]:

@@ -62,7 +62,6 @@ def test_a_run_writes_the_rows(tmp_path, no_references, capsys):
 
 @pytest.mark.skipif(not runtime.find_nvrtc(), reason="no NVRTC to compile with")
 def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     cpu = jax.devices()
     monkeypatch.setattr(jax, "devices", lambda *_: cpu)
     monkeypatch.setattr(run, "ColdTimer", lambda calls, flush_mb: FakeTimer())
@@ -72,7 +71,6 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     name = gpu_slug(cpu[0].device_kind)
     about = json.loads((tmp_path / f"{name}.json").read_text())["about"]
     assert about["kernels_sha256"] == kernels_sha256()
-    assert (tmp_path / f"{name}.png").exists()
     assert "16×32×48" in capsys.readouterr().out
 
 

@@ -57,6 +57,16 @@ def test_cache_dir(monkeypatch, tmp_path):
     assert runtime.cache_dir() == tmp_path / ".cache" / "deepgemm_jax"
 
 
+def test_a_user_without_a_home_has_a_cache_too(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("DEEPGEMM_JAX_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert runtime.cache_dir().is_absolute()
+
+
 def test_the_extension_uses_the_cache_dir(tmp_path):
     folder = tmp_path / "chosen"
     program = "import deepgemm_jax as d; assert d.warmup_shapes([(1, 128, 128)]) == 1"
