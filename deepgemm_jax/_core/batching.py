@@ -1,90 +1,91 @@
-"""How `vmap` turns a batch of calls into one call, from the op's signature alone."""
+"""How a call with batch dims becomes one that the reference and the kernel take.
 
-from collections.abc import Callable, Mapping, Sequence
+They take none or, where the op says so, one that all arrays have. It is done when the call is
+lowered, on what one device has of it: on a mesh, a batch dim and the rows that it is folded into
+may be divided along different axes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .signature import BATCH, Array, Signature
-
-Batched = Sequence[tuple[Array, Any, int | None]]  # operands and where each has its batch dim
+from .signature import Array, Call, Signature
 
 
 class Batcher:
-    """Batches calls of one op.
+    """Rids the calls of one op of batch dims.
 
-    The batch is merged into the first factor of `fold` that allows it: rows of A that share B are
-    just more rows. Otherwise every operand gets the batch dim ``...``, or a longer one.
+    A batch dim is folded into the first factor of `fold` that allows it: rows of A that share B are
+    just more rows. What no factor takes becomes the batch dim of an op that is `batched`.
     """
 
-    def __init__(self, signature: Signature, fold: Sequence[str]):
+    def __init__(self, signature: Signature, fold: Sequence[str], batched: bool):
         self.signature = signature
-        self.factors = (*fold, BATCH)
+        self.fold = tuple(fold)
+        self.batched = batched
 
-    def __call__(
-        self,
-        call: Callable[[Sequence[Any]], Sequence[Any]],
-        operands: Sequence[Any],
-        batch_dims: Sequence[int | None],
-    ) -> tuple[list[Any], list[int]]:
-        """The results of `call` on every element of the batch, and where each has its batch dim."""
-        batched: Batched = list(zip(self.signature.operands, operands, batch_dims, strict=False))
-        batch = next(x.shape[dim] for _, x, dim in batched if dim is not None)
-        sizes = self.signature.sizes([_without(x.shape, dim) for _, x, dim in batched])
-        places = {factor: self._place(factor, sizes, batched) for factor in self.factors}
-        factor, place = next(
-            ((f, place) for f, place in places.items() if place is not None), (None, None)
-        )
-        if factor is None:
-            raise NotImplementedError(
-                f"{self.signature.op}: no vmap over dims {batch_dims} of its operands"
-            )
-        merged = sizes | {factor: batch * sizes.get(factor, 1)}
+    def targets(self, call: Call) -> list[str | None]:
+        """The factor that each batch dim is folded into, None where it stays."""
+        targets = [self._target(call, dim) for dim in range(len(call.batch))]
+        if None in targets and not self.batched:
+            raise NotImplementedError(f"{self.signature.op}: no vmap over these operands")
+        return targets
 
-        def merge(array, x, dim):
-            axis = array.axis(factor, merged)
-            if axis is None:
-                return x
-            if dim is None:
-                x, dim = jnp.broadcast_to(x, (batch, *x.shape)), 0
-            return jnp.moveaxis(x, dim, axis + place).reshape(array.shape(merged))
+    def _target(self, call: Call, dim: int) -> str | None:
+        arrays = zip(call.operands, call.shapes, strict=True)
+        varying = [array for array, shape in arrays if shape[dim] != 1]
+        for factor in self.fold:
+            if (
+                all(a.axis(factor) is not None for a in (*varying, *self.signature.results))
+                # Else an element's last block would be filled up with the next one's first rows.
+                and call.sizes[factor] % self.signature.blocks[factor] == 0
+            ):
+                return factor
+        return None
 
-        results = call([merge(*item) for item in batched])
-        dims = [array.axis(factor, merged) + place for array in self.signature.results]
-        shapes = [array.shape(sizes) for array in self.signature.results]
-        return [
-            x.reshape(*shape[:dim], batch, *shape[dim:])
-            for x, shape, dim in zip(results, shapes, dims, strict=True)
-        ], dims
+    def is_plain(self, call: Call) -> bool:
+        """Whether the reference and the kernel take the call as it is."""
+        if not call.batch:
+            return True
+        alike = len({shape[: len(call.batch)] for shape in call.shapes}) == 1
+        return alike and self.targets(call) == [None]
 
-    def _place(self, factor: str, sizes: Mapping[str, int], batched: Batched) -> int | None:
-        """Whether the batch is merged before (0) or behind (1) the factor; None if neither will do.
+    def plain(self, function: Callable, call: Call) -> Callable[..., list[Any]]:
+        """The call, given its operands, by way of `function`, given those of a plain call."""
+        targets = self.targets(call)
+        first = 0 if None in targets else 1
 
-        Before it, no data moves if the batch is an array's leading dim. Behind it, the elements
-        that a device has of an array whose factor is divided stay together.
-        """
-        axes = {array.name: array.axis(factor, sizes) for array in self.signature.arrays}
-        needed = [array for array, _, dim in batched if dim is not None]
-        if any(
-            factor not in (d.factor for d in a.dims) for a in (*needed, *self.signature.results)
-        ):
-            return None
-        block = self.signature.block(factor)
-        if sizes.get(factor, block) % block:
-            return None
-        divided = any(
-            _without(jax.typeof(x).sharding.spec, dim)[axes[array.name]]
-            for array, x, dim in batched
-            if axes[array.name] is not None
-        )
-        batch_divided = any(
-            jax.typeof(x).sharding.spec[dim] for _, x, dim in batched if dim is not None
-        )
-        if not divided:
-            return 0
-        return None if block > 1 or batch_divided else 1
+        def groups(array: Array) -> list[list[int]]:
+            """The dims that become one: those that stay, then each own dim behind its batch dims.
 
+            A batch dim that the array has no factor for has length 1, and is among the first.
+            """
+            axes = [-1 if target is None else array.axis(target) for target in targets]
+            batch = range(len(targets))
+            own = range(len(array.dims))
+            stay = [dim for dim in batch if axes[dim] in (None, -1)]
+            return [stay, *([d for d in batch if axes[d] == i] + [len(batch) + i] for i in own)]
 
-def _without(items: Sequence[Any], index: int | None) -> tuple[Any, ...]:
-    return tuple(item for position, item in enumerate(items) if position != index)
+        def merge(array: Array, x: Any) -> Any:
+            batch = [
+                1 if target and array.axis(target) is None else length
+                for target, length in zip(targets, call.batch, strict=True)
+            ]
+            shape = (*batch, *x.shape[len(batch) :])
+            merged = groups(array)
+            x = jnp.broadcast_to(x, shape).transpose(sum(merged, []))
+            return x.reshape([math.prod(shape[dim] for dim in group) for group in merged[first:]])
+
+        def split(array: Array, y: Any) -> Any:
+            shape = (*call.batch, *array.shape(call.sizes))
+            order = sum(groups(array), [])
+            return y.reshape([shape[dim] for dim in order]).transpose(np.argsort(order))
+
+        def batched(*operands):
+            results = function([merge(*item) for item in zip(call.operands, operands, strict=True)])
+            return [split(*item) for item in zip(self.signature.results, results, strict=True)]
+
+        return batched

@@ -54,29 +54,24 @@ def vary_alike(operands: Sequence[Any]) -> list[Any]:
     ]
 
 
-def explicit_axes(mesh: AbstractMesh) -> frozenset[str]:
-    """The mesh axes that are part of the types of arrays."""
-    return _axes(mesh, AxisType.Explicit)
-
-
-def auto_axes(mesh: AbstractMesh) -> frozenset[str]:
-    """The mesh axes that are left to XLA."""
-    return _axes(mesh, AxisType.Auto)
-
-
-def _axes(mesh: AbstractMesh, kind: AxisType) -> frozenset[str]:
+def explicit_axes(mesh: AbstractMesh) -> set[str]:
+    """The mesh axes that are part of arrays' types."""
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return frozenset(name for name, type_ in axes if type_ == kind)
+    return {name for name, kind in axes if kind == AxisType.Explicit}
 
 
-def partitioned(ctx: LoweringContext) -> bool:
-    """Whether XLA will cut what is lowered here along the axes of a mesh."""
+def partitioned(ctx: LoweringContext, mesh: AbstractMesh) -> bool:
+    """Whether XLA is to decide how what is lowered here is divided, given its operands' mesh.
+
+    It does where axes are Auto, and beside them for Explicit axes too.
+    """
     axes = ctx.module_context.axis_context
     return (
         isinstance(axes, mlir.ShardingContext)
         and axes.num_devices > 1
-        # A program of many devices in which no array is sharded has none.
+        # No array of the program is on a mesh: then none is divided.
         and axes.abstract_mesh is not None
+        and not mesh.are_all_axes_explicit
     )
 
 

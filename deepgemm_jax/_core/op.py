@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from . import compat
 from .batching import Batcher
 from .device import Device, cuda_device
-from .partition import Partitioner
+from .partition import Division
 from .registration import register_handlers
 from .signature import Signature
 
@@ -52,11 +53,12 @@ class Op:
       kernel: the lowering on a GPU.
       derivative: why there is none and what to do instead, for who asks for one.
       check: `(params, operands)`, raises for what the signature does not say.
-      fold: factors into which `vmap` may fold a batch, the best first.
+      batched: whether reference and kernel take one batch dim in front of all arrays.
+      fold: factors into which a batch may be folded, the best first.
       whole: factors that are never divided among devices.
-      divide: `(total, params, *operands)` -> list of results, when a contracted factor is divided
-        among devices: `total(params, *operands)` is the op on the parts, summed over devices. A
-        contracted factor is not divided without it.
+      divide: `(total, params, *operands)` -> list of results, for when a contracted factor is
+        divided among devices: `total(params, *operands)` is the op on the pieces, summed over the
+        devices. Without it a contracted factor is not divided.
     """
 
     def __init__(
@@ -65,11 +67,12 @@ class Op:
         *,
         operands: Mapping[str, str],
         results: Mapping[str, str],
-        limits: Mapping[str, tuple[int, int]],
         reference: Callable,
         kernel: Kernel,
         derivative: str,
+        limits: Mapping[str, tuple[int, int]] | None = None,
         check: Callable | None = None,
+        batched: bool = False,
         fold: Sequence[str] = (),
         whole: Sequence[str] = (),
         divide: Callable | None = None,
@@ -81,11 +84,9 @@ class Op:
         self.derivative = derivative
         self.check = check
         self.divide = divide
-        self.signature = Signature(name, operands, results, limits)
-        self.batcher = Batcher(self.signature, fold)
-        if divide is None:
-            whole = (*whole, *self.signature.contracted())
-        self.partitioner = Partitioner(self.signature, whole)
+        self.signature = Signature(name, operands, results, limits or {})
+        self.batcher = Batcher(self.signature, fold, batched)
+        self.whole = {*whole, *(() if divide else self.signature.contracted)}
         self.primitive = compat.make_primitive(
             name,
             abstract_eval=self._abstract_eval,
@@ -98,10 +99,7 @@ class Op:
         )
 
     def __call__(self, *operands: jax.Array, params: Params) -> Any:
-        """The op's results for one problem; ValueError or TypeError for operands that do not fit.
-
-        Trailing optional operands may be absent.
-        """
+        """The op's result or results; ValueError or TypeError for operands that do not fit."""
         if params.implementation not in (None, "cuda", "xla"):
             raise ValueError(
                 f"{self.name}: implementation is {params.implementation!r}, "
@@ -116,20 +114,20 @@ class Op:
     def _bind(self, params: Params, operands: Sequence[Any]) -> list[Any]:
         return self.primitive.bind(*compat.vary_alike(operands), params=params)
 
-    # Tracing.
+    # Tracing: one plain primitive, which every transformation can follow.
 
     def _abstract_eval(self, *avals, params):
-        sizes = self.signature.sizes([aval.shape for aval in avals])
-        mesh, cut = self.partitioner.typed(avals)
-        specs = self.partitioner.specs(self.signature.results, cut, sizes)
         if len({compat.varying_axes(aval) for aval in avals}) > 1:
             raise ValueError(f"{self.name}: operands vary along different mesh axes: {avals}")
+        call = self.signature.match([aval.shape for aval in avals])
+        division = Division(self.signature, self.whole, avals)
+        specs = division.specs(division.results, division.typed_cut())
         return [
             avals[0].update(
-                shape=array.shape(sizes),
+                shape=call.batch + array.shape(call.sizes),
                 dtype=array.allowed(params)[0],
                 weak_type=False,
-                sharding=NamedSharding(mesh, spec),
+                sharding=NamedSharding(division.mesh, spec),
             )
             for array, spec in zip(self.signature.results, specs, strict=True)
         ]
@@ -138,31 +136,34 @@ class Op:
         raise NotImplementedError(f"{self.name} has no derivative: {self.derivative}")
 
     def _batch(self, operands, batch_dims, *, params):
-        return self.batcher(functools.partial(self._bind, params), operands, batch_dims)
+        operands = [
+            jnp.expand_dims(x, 0) if dim is None else jnp.moveaxis(x, dim, 0)
+            for x, dim in zip(operands, batch_dims, strict=True)
+        ]
+        # Whether the lowering will know what to do with it had better be said now.
+        self.batcher.targets(self.signature.match([x.shape for x in operands]))
+        results = self._bind(params, operands)
+        return results, [0] * len(results)
 
-    # Lowering.
+    # Lowering: divided among devices, then without batch dims, then the kernel or the reference.
 
     def _lower(self, ctx, *operands, params, on_gpu):
-        """Cuts the call where it spans devices, else lowers it to the kernel or the reference.
-
-        Only here, so that every transformation before sees one plain primitive.
-        """
-        has_kernel = self._has_kernel(
-            cuda_device().arch if on_gpu else " or ".join(compat.platforms(ctx)), params, on_gpu
-        )
-        piece = functools.partial(self._piece, params)
-        mesh, _ = self.partitioner.typed(ctx.avals_in)
-        partitioned = compat.partitioned(ctx)
-        if compat.explicit_axes(mesh) and not (partitioned and compat.auto_axes(mesh)):
-            call = self.partitioner.explicit(piece, ctx.avals_in)
-        elif partitioned:
-            call = self.partitioner.automatic(piece, ctx.avals_in)
+        where = cuda_device().arch if on_gpu else " or ".join(compat.platforms(ctx))
+        has_kernel = self._has_kernel(where, params, on_gpu)
+        call = self.signature.match([aval.shape for aval in ctx.avals_in])
+        division = Division(self.signature, self.whole, ctx.avals_in)
+        if compat.partitioned(ctx, division.mesh):
+            function = division.by_compiler(functools.partial(self._piece, params))
+        elif compat.explicit_axes(division.mesh):
+            function = division.by_types(functools.partial(self._piece, params))
+        elif not self.batcher.is_plain(call):
+            function = self.batcher.plain(functools.partial(self._bind, params), call)
         # A kernel with nothing to do launches nothing, which a CUDA graph cannot hold.
         elif has_kernel and not any(0 in aval.shape for aval in ctx.avals_in):
             return self._lower_kernel(ctx, operands, params)
         else:
-            call = functools.partial(self.reference, params)
-        return compat.lower_fun(call)(ctx, *operands)
+            function = functools.partial(self.reference, params)
+        return compat.lower_fun(function)(ctx, *operands)
 
     def _has_kernel(self, arch: str, params: Params, on_gpu: bool) -> bool:
         if params.implementation == "xla":
@@ -180,6 +181,7 @@ class Op:
         """One device's part of a call whose contraction is divided along these mesh axes."""
         if not contracted_axes:
             return self._bind(params, operands)
+        assert self.divide is not None  # else contracted factors are whole
 
         def total(params, *operands):
             return [jax.lax.psum(x, contracted_axes) for x in self._bind(params, operands)]

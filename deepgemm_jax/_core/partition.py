@@ -1,12 +1,11 @@
-"""How a call is cut over the devices of a mesh, from the op's signature alone.
+"""How a call is divided among the devices of a mesh, from the op's signature alone.
 
-A cut says along which mesh axes each factor is divided. Devices then call the op on their own
-piece; where a contracted factor is divided, the pieces are partial sums and the op's `combine`
-adds them up.
+A cut says along which mesh axes each factor is divided. Each device calls the op on its own piece;
+where a contracted factor is divided, the results of the pieces are partial sums.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -14,143 +13,132 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from . import compat
-from .signature import BATCH, Array, Signature
+from .signature import Array, Dim, Signature
 
+Dims = tuple[Dim, ...]
 Cut = dict[str, tuple[str, ...]]  # factor -> the mesh axes that divide it
-Piece = Callable[..., Any]  # (operands of one device, axes of the contraction) -> results
+# (operands on one device, mesh axes over which its results are partial sums) -> results
+Piece = Callable[[Sequence[Any], tuple[str, ...]], list[Any]]
 
 
-class Partitioner:
-    """Cuts calls of one op. Factors in `whole` are never divided."""
+class Division:
+    """The ways to divide the call that has operands of these types.
 
-    def __init__(self, signature: Signature, whole: Sequence[str]):
+    A factor stays whole if the op wants that, and if its last block is partial.
+    """
+
+    def __init__(self, signature: Signature, whole: Collection[str], avals: Sequence[Any]):
+        call = signature.match([aval.shape for aval in avals])
         self.signature = signature
-        self.whole = frozenset(whole)
+        self.types = [aval.sharding for aval in avals]
+        self.mesh = next((t.mesh for t in self.types if not t.mesh.empty), self.types[0].mesh)
+        self.sizes = dict(call.sizes)
 
-    def cut(
-        self,
-        arrays: Sequence[Array],
-        specs: Sequence[PartitionSpec],
-        sizes: Mapping[str, int],
-        mesh: Mesh | AbstractMesh,
+        def dims(array: Array, batch: Sequence[int]) -> Dims:
+            # What is the same for all of a batch has a factor of its own, of length 1.
+            factors = [f"batch{i}" if n != 1 else f"same{i}" for i, n in enumerate(batch)]
+            self.sizes.update(zip(factors, batch, strict=True))
+            return (*map(Dim, factors), *array.dims)
+
+        self.operands = [
+            dims(array, shape[: len(call.batch)])
+            for array, shape in zip(call.operands, call.shapes, strict=True)
+        ]
+        self.results = [dims(array, call.batch) for array in signature.results]
+        self.whole = {f for f in self.sizes if f in whole or self.sizes[f] % self._block(f)}
+
+    def _block(self, factor: str) -> int:
+        return self.signature.blocks.get(factor, 1)
+
+    def typed_cut(self) -> Cut:
+        """The cut that the operands' types ask for, by their Explicit axes."""
+        return self._cut(self.operands, [t.spec for t in self.types], self.mesh)
+
+    def _cut(
+        self, arrays: Sequence[Dims], specs: Sequence[PartitionSpec], mesh: Mesh | AbstractMesh
     ) -> Cut:
-        """The cut that the arrays' shardings ask for.
+        """The cut that agrees with the arrays' shardings, the first one's where they disagree.
 
-        Where they contradict each other the first one wins. A factor that does not divide evenly,
-        or would be divided within a scale's block, stays whole.
+        A factor is divided into parts of equal length that are whole blocks, or not at all.
         """
         cut: Cut = {}
-        for array, spec in zip(arrays, specs, strict=True):
-            for dim, entry in zip(array.dims_of(sizes), spec, strict=False):
+        for dims, spec in zip(arrays, specs, strict=True):
+            for dim, entry in zip(dims, spec, strict=False):
                 axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-                used = {axis for taken in cut.values() for axis in taken}
-                parts = _parts(axes, mesh)
+                parts = math.prod(mesh.shape[axis] for axis in axes)
+                taken = {axis for axes in cut.values() for axis in axes}
                 if (
                     parts > 1
                     and dim.block == 1
                     and dim.factor not in cut
                     and dim.factor not in self.whole
-                    and not used.intersection(axes)
-                    and sizes[dim.factor] % (parts * self.signature.block(dim.factor)) == 0
+                    and not taken.intersection(axes)
+                    and self.sizes[dim.factor] % (parts * self._block(dim.factor)) == 0
                 ):
                     cut[dim.factor] = axes
         return cut
 
-    def specs(
-        self, arrays: Sequence[Array], cut: Cut, sizes: Mapping[str, int]
-    ) -> tuple[PartitionSpec, ...]:
-        return tuple(
-            PartitionSpec(*(cut.get(dim.factor) for dim in array.dims_of(sizes)))
-            for array in arrays
-        )
+    def specs(self, arrays: Sequence[Dims], cut: Cut) -> list[PartitionSpec]:
+        return [PartitionSpec(*(cut.get(dim.factor) for dim in dims)) for dims in arrays]
 
-    def contraction(self, cut: Cut) -> tuple[str, ...]:
-        """The mesh axes over which a device's results are partial sums."""
-        return tuple(axis for factor in self.signature.contracted() for axis in cut.get(factor, ()))
+    def _partial_axes(self, cut: Cut) -> tuple[str, ...]:
+        return tuple(axis for factor in self.signature.contracted for axis in cut.get(factor, ()))
 
-    def typed(self, avals: Sequence[Any]) -> tuple[AbstractMesh, Cut]:
-        """The mesh of the operands' types, and the cut that its Explicit axes ask for."""
-        operands = self.signature.operands[: len(avals)]
-        sizes = self.signature.sizes([aval.shape for aval in avals])
-        shardings = [aval.sharding for aval in avals]
-        mesh = next((s.mesh for s in shardings if not s.mesh.empty), shardings[0].mesh)
-        return mesh, self.cut(operands, [s.spec for s in shardings], sizes, mesh)
-
-    def explicit(self, piece: Piece, avals: Sequence[Any]) -> Callable:
+    def by_types(self, piece: Piece) -> Callable[..., list[Any]]:
         """The call as a shard_map over the Explicit axes of the operands' types."""
-        operands, results = self.signature.operands[: len(avals)], self.signature.results
-        sizes = self.signature.sizes([aval.shape for aval in avals])
-        mesh, cut = self.typed(avals)
-        specs = [aval.sharding.spec for aval in avals]
-        in_specs = self.specs(operands, cut, sizes)
+        cut = self.typed_cut()
+        in_specs = self.specs(self.operands, cut)
         shard = jax.shard_map(
-            lambda *local: piece(local, self.contraction(cut)),
-            mesh=mesh,
-            in_specs=in_specs,
-            out_specs=list(self.specs(results, cut, sizes)),
-            axis_names=compat.explicit_axes(mesh),
+            lambda *operands: piece(operands, self._partial_axes(cut)),
+            mesh=self.mesh,
+            in_specs=tuple(in_specs),
+            out_specs=self.specs(self.results, cut),
+            axis_names=compat.explicit_axes(self.mesh),
         )
 
-        def call(*values):
+        def call(*operands):
             return shard(
                 *(
-                    # Not where it would change nothing: on axes that are not Explicit it gathers.
-                    x if x_spec == spec else jax.sharding.reshard(x, NamedSharding(mesh, spec))
-                    for x, x_spec, spec in zip(values, specs, in_specs, strict=True)
+                    # Not where the type is right: it would gather along what axes are not Explicit.
+                    x if type_.spec == spec else jax.sharding.reshard(x, type_.update(spec=spec))
+                    for x, type_, spec in zip(operands, self.types, in_specs, strict=True)
                 )
             )
 
         return call
 
-    def automatic(self, piece: Piece, avals: Sequence[Any]) -> Callable:
-        """The call with a rule by which XLA's partitioner cuts it when it has chosen shardings."""
-        operands, results = self.signature.operands[: len(avals)], self.signature.results
-        sizes = self.signature.sizes([aval.shape for aval in avals])
+    def by_compiler(self, piece: Piece) -> Callable[..., list[Any]]:
+        """The call for XLA to divide: it is told the rule, and asks for a piece when it has decided
+        how the operands and results are sharded."""
 
-        def partition(mesh, operand_shapes, result_shapes):
-            shardings = [shape.sharding for shape in (*operand_shapes, *result_shapes)]
-            cut = self.cut(operands + results, [s.spec for s in shardings], sizes, mesh)
+        def partition(mesh, operands, results):
+            specs = [array.sharding.spec for array in (*operands, *results)]
+            cut = self._cut(self.operands + self.results, specs, mesh)
 
-            def shard(arrays):
-                return [NamedSharding(mesh, spec) for spec in self.specs(arrays, cut, sizes)]
+            def shardings(arrays):
+                return [NamedSharding(mesh, spec) for spec in self.specs(arrays, cut)]
 
-            def call(*local):
+            def call(*operands):
                 # On one device there is no mesh, whichever the caller has set.
                 with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-                    return piece(local, self.contraction(cut))
+                    return piece(operands, self._partial_axes(cut))
 
-            return mesh, call, shard(results), tuple(shard(operands))
+            return mesh, call, shardings(self.results), tuple(shardings(self.operands))
 
-        call = custom_partitioning(lambda *values: piece(values, ()))
-        call.def_partition(partition, **self._rule(operands, sizes))
+        # In the order in which the rule has them, as Shardy wants them.
+        factors = dict.fromkeys(dim.factor for dims in self.operands for dim in dims)
+        contracted = set(self.signature.contracted) - self.whole
+        call = custom_partitioning(lambda *operands: piece(operands, ()))
+        call.def_partition(
+            partition,
+            # A dim and its number of blocks share a factor. Shardy takes the smaller of their
+            # lengths for the factor's, and so divides whole blocks.
+            sharding_rule=f"{_einsum(self.operands)} -> {_einsum(self.results)}",
+            reduction_factors=tuple(f for f in factors if f in contracted),
+            need_replication_factors=tuple(f for f in factors if f in self.whole),
+        )
         return call
 
-    def _rule(self, operands: Sequence[Array], sizes: Mapping[str, int]) -> dict[str, Any]:
-        """The signature as def_partition's keyword arguments: an einsum and the kinds of factors.
 
-        A dim and its count of blocks share a factor, which Shardy gives the smaller size, so it
-        divides blocks. Where the last block is partial it must leave the factor whole.
-        """
-
-        def side(arrays):
-            words = (
-                " ".join(_word(dim.factor) for dim in array.dims_of(sizes)) for array in arrays
-            )
-            return ", ".join(words)
-
-        whole = {f for f in sizes if f in self.whole or sizes[f] % self.signature.block(f)}
-        return {
-            "sharding_rule": f"{side(operands)} -> {side(self.signature.results)}",
-            "reduction_factors": tuple(
-                f for f in map(_word, self.signature.contracted()) if f not in whole
-            ),
-            "need_replication_factors": tuple(map(_word, sorted(whole))),
-        }
-
-
-def _word(factor: str) -> str:
-    return "batch" if factor == BATCH else factor
-
-
-def _parts(axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
+def _einsum(arrays: Sequence[Dims]) -> str:
+    return ", ".join(" ".join(dim.factor for dim in dims) for dims in arrays)

@@ -57,9 +57,10 @@ def fp8_gemm_nt(
       NotImplementedError: `implementation="cuda"` on a device that the kernel is not made for;
         a derivative is asked for.
 
-    Under `jax.vmap` a batch of A with one B is one GEMM with more rows, and any other batch is one
-    batched kernel. On a mesh, rows, columns, K and the batch may be divided among devices, N and K
-    where whole blocks of 128 fall to each device; dividing K costs a psum of float32 parts.
+    Under `jax.vmap` a batch of A with one B is one GEMM with more rows, one of B with one A is one
+    with more columns where N is whole blocks, and any other is one batched GEMM. On a mesh M, N, K
+    and the batch may be divided among devices, N and K where whole blocks of 128 fall to each;
+    dividing K costs a psum of float32 parts.
 
     Example:
 

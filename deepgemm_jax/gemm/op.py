@@ -62,13 +62,13 @@ def _divide_k(total, params, a, a_scale, b, b_scale, c=None):
 fp8_gemm_nt = Op(
     "fp8_gemm_nt",
     operands={
-        "a.data": "float8_e4m3fn[... m k]",
-        "a.scale": "float32[... m k/128]",
-        "b.data": "float8_e4m3fn[... n k]",
-        "b.scale": "float32[... n/128 k/128]",
-        "c?": "preferred_element_type[... m n]",
+        "a.data": "float8_e4m3fn[m k]",
+        "a.scale": "float32[m k/128]",
+        "b.data": "float8_e4m3fn[n k]",
+        "b.scale": "float32[n/128 k/128]",
+        "c?": "preferred_element_type[m n]",
     },
-    results={"d": "preferred_element_type[... m n]"},
+    results={"d": "preferred_element_type[m n]"},
     limits={"n": (16, 1), "k": (16, 16)},
     check=_check,
     reference=reference.fp8_gemm_nt,
@@ -81,6 +81,7 @@ fp8_gemm_nt = Op(
     ),
     derivative="its operands are quantised. Wrap it in jax.custom_vjp and give the gradients as "
     "products of their own, quantised along the dim that they contract",
+    batched=True,
     fold=("m", "n"),
     divide=_divide_k,
 )

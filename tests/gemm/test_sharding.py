@@ -166,20 +166,20 @@ def test_mesh_with_one_axis_manual(mesh, kind):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
-    ("axes", "a_spec", "b_spec"),
+    ("axes", "a_spec", "b_spec", "d_spec", "needed"),
     [
-        ((0, 0), ("x", "y"), ("x",)),
-        ((0, 0), ("x", None, "y"), ("x", None, "y")),
-        ((0, 0), (None, "x"), (None, "y")),
-        ((0, None), ("x",), ("y",)),
-        ((0, None), (None, "x"), ("y",)),
-        ((0, None), ("x", "y"), ()),
-        ((None, 0), ("x",), ("y",)),
-        ((None, 0), ("x",), (None, "y")),
-        ((None, 0), (), ("x", "y")),
+        ((0, 0), ("x", "y"), ("x",), ("x", "y"), set()),
+        ((0, 0), ("x", None, "y"), ("x", None, "y"), ("x",), {"all-reduce"}),
+        ((0, 0), (None, "x"), (None, "y"), (None, "x", "y"), set()),
+        ((0, None), ("x",), ("y",), ("x", None, "y"), set()),
+        ((0, None), (None, "x"), ("y",), (None, "x", "y"), set()),
+        ((0, None), ("x", "y"), (), ("x", "y"), set()),
+        ((None, 0), ("x",), ("y",), ("y", "x"), set()),
+        ((None, 0), ("x",), (None, "y"), (None, "x", "y"), set()),
+        ((None, 0), (), ("x", "y"), ("x", None, "y"), set()),
     ],
 )
-def test_vmap_on_a_mesh(mesh, kind, axes, a_spec, b_spec):
+def test_vmap_on_a_mesh(mesh, kind, axes, a_spec, b_spec, d_spec, needed):
     a, b = random_problem(5, 32, 512, 512, (4,))
     a, b = (
         x if axis == 0 else jax.tree.map(lambda leaf: leaf[0], x)
@@ -190,7 +190,11 @@ def test_vmap_on_a_mesh(mesh, kind, axes, a_spec, b_spec):
         for x, axis in zip((a, b), axes, strict=True)
     ]
     with mesh(kind):
-        d = jax.jit(jax.vmap(gemm, in_axes=axes))(put(a, *a_spec), put(b, *b_spec))
+        operands = put(a, *a_spec), put(b, *b_spec)
+        compiled = jax.jit(jax.vmap(gemm, in_axes=axes)).lower(*operands).compile()
+        d = compiled(*operands)
+        assert collectives(compiled) == needed
+        assert d.sharding.is_equivalent_to(NamedSharding(jax.sharding.get_mesh(), P(*d_spec)), 3)
     assert_close(d, product(*each))
 
 
