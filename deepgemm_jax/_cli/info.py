@@ -22,7 +22,7 @@ INSTALL_CUDA = "pip install 'jax[cuda13]', or 'jax[cuda12]' for a driver of CUDA
 def cuda_version() -> str | None:
     """The CUDA version that the driver supports ("13.0")."""
     version = _C.driver_version()
-    return version and f"{version // 1000}.{version % 1000 // 10}"
+    return None if version is None else f"{version // 1000}.{version % 1000 // 10}"
 
 
 def driver_version() -> str | None:
