@@ -41,7 +41,8 @@ def fp8_gemm_nt(
       preferred_element_type: the result's dtype, bfloat16 or float32.
       recipe: scale block sizes as DeepGEMM gives them: rows of A, rows of B, K. Only
         (1, 128, 128) for now, which None stands for.
-      config: the kernel's config in place of the one that `gemm.config.choose` takes.
+      config: the kernel's config in place of the one that `gemm.config.choose` takes. Parts of a
+        K that is divided among devices do not use it.
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
         is one and plain JAX elsewhere.
 

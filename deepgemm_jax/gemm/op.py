@@ -52,7 +52,8 @@ def _attributes(params, operands, device):
 
 def _divide_k(total, params, a, a_scale, b, b_scale, c=None):
     """Parts of the sum stay float32; C is added to their total once, and the cast is last."""
-    parts = dataclasses.replace(params, preferred_element_type=jnp.float32)
+    # A config that was given is one for D's dtype and C.
+    parts = dataclasses.replace(params, preferred_element_type=jnp.float32, config=None)
     (d,) = total(parts, a, a_scale, b, b_scale)
     if c is not None:
         d += c.astype(jnp.float32)
@@ -79,8 +80,8 @@ fp8_gemm_nt = Op(
         column_major=("a.scale",),
         aliases={"c": "d"},
     ),
-    derivative="its operands are quantised. Wrap it in jax.custom_vjp and give the gradients as "
-    "products of their own, quantised along the dim that they contract",
+    derivative="its operands are quantised. Stop their gradient, or wrap the call in "
+    "jax.custom_vjp, with gradients that are products quantised along the dim that they contract",
     batched=True,
     fold=("m", "n"),
     divide=_divide_k,
