@@ -1,0 +1,26 @@
+// XLA's entry points to the dense GEMM.
+#pragma once
+
+#include <vector>
+
+#include "gemm/config.h"
+#include "jit/kernel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace deepgemm {
+
+// One for each call site, shared by the devices that execute it.
+struct GemmState {
+  static xla::ffi::TypeId id;
+  gemm::Config config;
+  int num_sms;  // that the kernel may fill
+  const jit::Kernel& kernel;
+};
+
+int gemm_smem_bytes(const std::vector<int>& config);
+
+}  // namespace deepgemm
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(GemmInstantiate);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(GemmInitialize);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(GemmExecute);
