@@ -125,7 +125,7 @@ def warmup(*, jobs: int | None = None) -> int:
     """
     from .gemm import config as gemm
 
-    return _warmup(gemm.SOURCE, gemm.variants(), jobs)
+    return _warmup(gemm.SOURCE, gemm.variants(cuda_device()), jobs)
 
 
 def warmup_shapes(
