@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deepgemm_jax.gemm.config import Problem, choose
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,6 +16,7 @@ from oracles import random_like, random_problem
 from deepgemm_jax import fp8_gemm_nt
 from deepgemm_jax._core import op
 from deepgemm_jax._core.device import Device
+from deepgemm_jax.gemm.config import Problem, choose
 
 TARGET = "deepgemm_jax_gemm"
 

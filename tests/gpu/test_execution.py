@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deepgemm_jax.gemm.config import Problem, candidates, choose
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import assert_close, product, put, random_like, random_problem
 
 from deepgemm_jax import ScaledArray, fp8_gemm_nt
 from deepgemm_jax._core.device import cuda_device
+from deepgemm_jax.gemm.config import Problem, candidates, choose
 
 pytestmark = pytest.mark.gpu
 
@@ -97,13 +97,16 @@ def test_chain_is_captured_in_a_command_buffer(tmp_path):
         env=os.environ | {"PYTHONPATH": path, "XLA_FLAGS": flags},
         check=True,
     )
-    (before,) = tmp_path.glob("*jit_chain*.thunk_sequence.txt")
-    assert before.read_text().count("kCustomCall") == 8
-    (after,) = tmp_path.glob("*jit_chain*.thunk_sequence_after_thunk_passes.txt")
-    # What is inside a command buffer is indented.
-    outside = re.findall(r"^\S.*?\b(k[A-Z]\w+)", after.read_text(), flags=re.MULTILINE)
-    assert "kCommandBuffer" in outside
-    assert "kCustomCall" not in outside
+
+    def thunks(dump):
+        """The kinds of those that are not inside a command buffer, where lines are indented."""
+        (file,) = tmp_path.glob(f"*jit_chain*.{dump}.txt")
+        return re.findall(r"^\d+: (k\w+)", file.read_text(), flags=re.MULTILINE)
+
+    assert thunks("thunk_sequence").count("kCustomCall") == 8
+    after = thunks("thunk_sequence_after_thunk_passes")
+    assert "kCommandBuffer" in after
+    assert "kCustomCall" not in after
 
 
 def test_two_executables_in_two_threads():
