@@ -104,15 +104,6 @@ __forceinline__ void tma_load(uint32_t shared, const TensorMap* map, uint32_t ba
   }
 }
 
-// Loads contiguous bytes; addresses and size are multiples of 16.
-__forceinline__ void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared),
-      "l"(global), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-
 __forceinline__ void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z) {
   asm volatile(
       "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),

@@ -1,5 +1,6 @@
-// Writes a warpgroup's accumulators (laid out as in wgmma.cuh) to a row-major matrix in global
-// memory straight from registers: no shared memory, any edge, and nothing to wait for.
+// Writes a warpgroup's accumulators (laid out as in wgmma.cuh) to a row-major matrix: as bfloat16
+// into shared memory for the copy engine (stage_rows), or straight from registers to global memory,
+// with any edge (store_row).
 #pragma once
 
 #include "device/ptx.cuh"

@@ -36,8 +36,8 @@ constexpr int kLaunchRegisters = 65536 / config.threads() / 8 * 8;
 constexpr int kProducerRegisters = config.consumers == 3 ? 32 : 40;
 constexpr int kConsumerRegisters =
     (kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / config.consumers) / 8 * 8;
-constexpr bool kMoveRegisters =
-    kConsumerRegisters < 256;  // else the launch gave each thread enough
+// One consumer gets enough from the launch.
+constexpr bool kMoveRegisters = config.consumers > 1;
 
 template <bool float32>
 struct OutType {
@@ -243,7 +243,7 @@ __forceinline__ void multiply(const Params& p, Ring ring, int consumer) {
           scale[half][which] =
               load_shared(ring.scale(warp_row + lane / 4 + w * 64 + half * 8, which));
         }
-        wgmma_wait<0>();
+        wgmma_wait_all();
         pin(part);
         if (w == kWaves - 1) {
           if constexpr (config.cluster() == 1) {
@@ -272,6 +272,8 @@ __forceinline__ void multiply(const Params& p, Ring ring, int consumer) {
       }
     }
   }
+  // Shared memory outlives what the copy engine still reads of it.
+  if (lane == 0) tma_store_wait_read();
 }
 
 extern "C" __global__ void __launch_bounds__(config.threads(), 1)
