@@ -12,8 +12,7 @@ import jaxlib
 import deepgemm_jax
 
 from .. import _C, runtime
-from .._core.device import cuda_device
-from ..gemm.op import fp8_gemm_nt
+from .._core.device import ARCHS, cuda_device
 from . import cache
 
 INSTALL_CUDA = "pip install 'jax[cuda13]', or 'jax[cuda12]' for a driver of CUDA 12"
@@ -62,7 +61,7 @@ def _gpu() -> str:
         return f"JAX sees none, though a driver is here: {INSTALL_CUDA}"
     device = cuda_device()
     line = f"{jax.local_device_count()} × {jax.devices()[0].device_kind}, {device.arch}"
-    if device.arch not in fp8_gemm_nt.kernel.archs:
+    if device.arch not in ARCHS:
         return f"{line}: no kernels for it, ops run as plain JAX"
     return f"{line}, {device.num_sms} SMs"
 

@@ -6,6 +6,9 @@ import functools
 import jax
 
 
+ARCHS = ("sm_90a",)  # for which there are kernels
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
     """What the choice of a kernel needs to know of a GPU."""

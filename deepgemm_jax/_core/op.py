@@ -50,7 +50,7 @@ class Op:
       limits: factor -> (least length, what the length must be a multiple of).
       reference: `(params, *operands)` -> list of results, in plain JAX: the lowering wherever
         there is no kernel.
-      kernel: the lowering on a GPU.
+      kernel: the lowering on a GPU, if there is one.
       derivative: why there is none and what to do instead, for who asks for one.
       check: `(params, operands)`, raises for what the signature does not say.
       batched: whether reference and kernel take one batch dim in front of all arrays.
@@ -68,8 +68,8 @@ class Op:
         operands: Mapping[str, str],
         results: Mapping[str, str],
         reference: Callable,
-        kernel: Kernel,
         derivative: str,
+        kernel: Kernel | None = None,
         limits: Mapping[str, tuple[int, int]] | None = None,
         check: Callable | None = None,
         batched: bool = False,
@@ -168,9 +168,12 @@ class Op:
     def _has_kernel(self, arch: str, params: Params, on_gpu: bool) -> bool:
         if params.implementation == "xla":
             return False
-        if arch in self.kernel.archs:
+        archs = self.kernel.archs if self.kernel else ()
+        if arch in archs:
             return True
-        message = f"{self.name} has no kernel for {arch}, only for {', '.join(self.kernel.archs)}"
+        message = f"{self.name} has no kernel for {arch}"
+        if archs:
+            message += f", only for {', '.join(archs)}"
         if params.implementation == "cuda":
             raise NotImplementedError(message)
         if on_gpu:
@@ -189,6 +192,7 @@ class Op:
         return self.divide(total, params, *operands)
 
     def _lower_kernel(self, ctx, operands, params):
+        assert self.kernel is not None
         arrays = self.signature.operands[: len(operands)]
         results = [array.name for array in self.signature.results]
         call = jax.ffi.ffi_lowering(

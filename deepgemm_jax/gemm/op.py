@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.device import Device, cuda_device
+from .._core.device import ARCHS, Device, cuda_device
 from .._core.op import Kernel, Op, Params
 from . import reference
 from .config import Config, Problem, choose
@@ -75,7 +75,7 @@ fp8_gemm_nt = Op(
     reference=reference.fp8_gemm_nt,
     kernel=Kernel(
         target="deepgemm_jax_gemm",
-        archs=("sm_90a",),
+        archs=ARCHS,
         attributes=_attributes,
         column_major=("a.scale",),
         aliases={"c": "d"},
