@@ -5,7 +5,6 @@ import functools
 
 import jax
 
-
 ARCHS = ("sm_90a",)  # for which there are kernels
 
 
