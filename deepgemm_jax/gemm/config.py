@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from .. import _C
 from .._core.device import H200, Device
 
 SOURCE = "gemm/sm90.cuh"
+MAX_STAGES = 12  # more than the latency of memory needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,36 +46,36 @@ class Config:
 
     def validate(self, problem: Problem, device: Device) -> None:
         """Raises a ValueError that says what does not fit."""
-        waves = self.block_m / (64 * self.consumers) if self.consumers in (1, 2, 3) else 0
-        smem = _C.gemm_smem_bytes(dataclasses.astuple(self))
-        # Sums and one product for each thread, and what addresses and scales take.
-        registers = (waves + 1) * self.block_n / 2 + 24
-        available = {1: 255, 2: 232, 3: 160}.get(self.consumers, 0)
-        for holds, rule in (
-            (self.consumers in (1, 2, 3), "1 to 3 consumers"),
-            (waves in (1, 2), "block_m = 64 or 128 for each consumer"),
-            (self.block_n in range(16, 257, 16), "block_n a multiple of 16, at most 256"),
-            (
-                sorted((self.cluster_m, self.cluster_n)) in ([1, 1], [1, 2]),
-                "a cluster of one CTA or two",
-            ),
-            (self.stages >= 2, "at least 2 stages"),
-            (registers <= available, f"at most {available} registers a thread"),
-            (smem <= device.smem_bytes, f"at most {device.smem_bytes} bytes of shared memory"),
-            (
-                self.out_float32 == problem.out_float32,
-                f"out_float32={int(problem.out_float32)} for a result of {problem.out_dtype}",
-            ),
-            (
-                self.accumulate == problem.accumulate,
-                f"accumulate={int(problem.accumulate)}, which says whether C is given",
-            ),
-        ):
+        for holds, rule in self._rules(problem, device):
             if not holds:
-                raise ValueError(
-                    f"fp8_gemm_nt: config is {self} ({registers:.0f} registers a thread, {smem} "
-                    f"bytes of shared memory), wanted {rule}"
-                )
+                raise ValueError(f"fp8_gemm_nt: config is {self}, wanted {rule}")
+
+    def _rules(self, problem: Problem, device: Device) -> Iterator[tuple[bool, str]]:
+        # Each may rely on those before it: the extension divides by these integers.
+        yield self.consumers in (1, 2, 3), "1 to 3 consumers"
+        waves = self.block_m / (64 * self.consumers)
+        yield waves in (1, 2), "block_m = 64 or 128 for each consumer"
+        yield self.block_n in range(16, 257, 16), "block_n a multiple of 16, at most 256"
+        cluster = sorted((self.cluster_m, self.cluster_n))
+        yield cluster in ([1, 1], [1, 2]), "a cluster of one CTA or two"
+        yield 2 <= self.stages <= MAX_STAGES, f"2 to {MAX_STAGES} stages"
+        # Sums and one product for each thread, and what addresses and scales take.
+        registers = int((waves + 1) * self.block_n / 2 + 24)
+        available = {1: 255, 2: 232, 3: 160}[self.consumers]
+        yield registers <= available, f"at most {available} registers a thread, not {registers}"
+        yield (
+            self.out_float32 == problem.out_float32,
+            f"out_float32={int(problem.out_float32)} for a result of {problem.out_dtype}",
+        )
+        yield (
+            self.accumulate == problem.accumulate,
+            f"accumulate={int(problem.accumulate)}, which says whether C is given",
+        )
+        smem = _C.gemm_smem_bytes(dataclasses.astuple(self))
+        yield (
+            smem <= device.smem_bytes,
+            f"at most {device.smem_bytes} bytes of shared memory, not {smem}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,6 @@ TILES = (
 )
 LAUNCH_US = 2.0
 BYTES_PER_US = 4.5e6  # of device memory
-MAX_STAGES = 12  # more than the latency of memory needs
 
 
 def _config(tile: Tile, out_float32: bool, accumulate: bool, device: Device) -> Config:

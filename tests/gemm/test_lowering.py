@@ -1,5 +1,6 @@
 """What fp8_gemm_nt becomes for a GPU, told from the lowered text: no GPU is needed."""
 
+import dataclasses
 import functools
 import logging
 import re
@@ -15,8 +16,8 @@ from oracles import random_like, random_problem
 
 from deepgemm_jax import fp8_gemm_nt
 from deepgemm_jax._core import op
-from deepgemm_jax._core.device import Device
-from deepgemm_jax.gemm.config import Problem, choose
+from deepgemm_jax._core.device import H200, Device
+from deepgemm_jax.gemm.config import Problem, candidates, choose
 
 TARGET = "deepgemm_jax_gemm"
 
@@ -33,12 +34,11 @@ def test_kernel_is_called_with_its_layouts_and_config():
     a, b = random_problem(0, 130, 200, 400)
     (call,) = calls(lower(fp8_gemm_nt, a, b))
     problem = Problem(m=130, n=200, k=400, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
-    device = Device(arch="sm_90a", num_sms=132, smem_bytes=232448)
     layouts = re.search(r"operand_layouts = \[(.*?)\], ", call)[1]
     assert re.findall(r"dense<\[(.*?)\]>", layouts) == ["1, 0", "0, 1", "1, 0", "1, 0"]
     assert 'arch = "sm_90a"' in call
     assert "num_sms = 132" in call
-    assert f"tensor<{len(vars(choose(problem, device)))}xi64>" in call
+    assert f"tensor<{len(vars(choose(problem, H200)))}xi64>" in call
     assert "output_operand_aliases" not in call
 
 
@@ -101,10 +101,20 @@ def test_gpu_without_kernel(monkeypatch, caplog):
         lower(functools.partial(fp8_gemm_nt, implementation="cuda"), a, b)
 
 
+def test_config_that_is_given_is_taken():
+    a, b = random_problem(0, 130, 200, 400)
+    problem = Problem(m=130, n=200, k=400, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
+    *_, (config, _) = candidates(problem, H200)
+    assert config != choose(problem, H200)
+    (call,) = calls(lower(functools.partial(fp8_gemm_nt, config=config), a, b))
+    integers = ", ".join(map(str, dataclasses.astuple(config)))
+    assert f"config = dense<[{integers}]>" in call
+
+
 def test_config_that_does_not_fit():
     a, b = random_problem(0, 130, 200, 400)
     problem = Problem(m=130, n=200, k=400, batch=1, out_dtype=jnp.float32, accumulate=False)
-    config = choose(problem, Device(arch="sm_90a", num_sms=132, smem_bytes=232448))
+    config = choose(problem, H200)
     with pytest.raises(ValueError, match="fp8_gemm_nt: .*config"):
         jax.eval_shape(functools.partial(fp8_gemm_nt, config=config), a, b)
 
