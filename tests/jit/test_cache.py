@@ -148,6 +148,29 @@ def test_another_kernels_entry_is_not_believed(cache):
     assert not again.cached and again.cubin == intact
 
 
+def test_another_nvrtcs_entry_is_not_taken(cache, tmp_path):
+    _C.compile(*QUICK)
+    other = tmp_path / "libnvrtc.so.14"
+    other.write_bytes(b"not a library")
+    _C.configure(str(cache), [str(other)])
+    with pytest.raises(RuntimeError, match="cannot be opened"):
+        _C.compile(*QUICK)
+
+
+@pytest.mark.parametrize("leave", [Path.touch, Path.mkdir], ids=["of the dead", "not to be had"])
+def test_lock_costs_nothing(cache, leave):
+    _C.compile(*QUICK)
+    file = entry(cache)
+    file.unlink()
+    lock = file.with_suffix(".lock")
+    leave(lock)
+    assert not _C.compile(*QUICK).cached
+    assert _C.compile(*QUICK).cached
+    if leave is Path.mkdir:
+        lock.rmdir()
+    assert entry(cache) == file
+
+
 def test_read_only_folder_serves_what_it_has(cache, nvrtc):
     _C.compile(*QUICK)
     cache.chmod(0o500)
