@@ -86,7 +86,11 @@ class Op:
         self.divide = divide
         self.signature = Signature(name, operands, results, limits or {})
         self.batcher = Batcher(self.signature, fold, batched)
-        self.whole = {*whole, *(() if divide else self.signature.contracted)}
+        self.whole = {
+            *whole,
+            *(() if divide else self.signature.contracted),
+            *self.signature.static,
+        }
         self.primitive = compat.make_primitive(
             name,
             abstract_eval=self._abstract_eval,
@@ -119,8 +123,8 @@ class Op:
     def _abstract_eval(self, *avals, params):
         if len({compat.varying_axes(aval) for aval in avals}) > 1:
             raise ValueError(f"{self.name}: operands vary along different mesh axes: {avals}")
-        call = self.signature.match([aval.shape for aval in avals])
-        division = Division(self.signature, self.whole, avals)
+        call = self.signature.match([aval.shape for aval in avals], params)
+        division = Division(self.signature, self.whole, avals, params)
         specs = division.specs(division.results, division.typed_cut())
         return [
             avals[0].update(
@@ -141,7 +145,7 @@ class Op:
             for x, dim in zip(operands, batch_dims, strict=True)
         ]
         # Whether the lowering will know what to do with it had better be said now.
-        self.batcher.targets(self.signature.match([x.shape for x in operands]))
+        self.batcher.targets(self.signature.match([x.shape for x in operands], params))
         results = self._bind(params, operands)
         return results, [0] * len(results)
 
@@ -150,8 +154,8 @@ class Op:
     def _lower(self, ctx, *operands, params, on_gpu):
         where = cuda_device().arch if on_gpu else " or ".join(compat.platforms(ctx))
         has_kernel = self._has_kernel(where, params, on_gpu)
-        call = self.signature.match([aval.shape for aval in ctx.avals_in])
-        division = Division(self.signature, self.whole, ctx.avals_in)
+        call = self.signature.match([aval.shape for aval in ctx.avals_in], params)
+        division = Division(self.signature, self.whole, ctx.avals_in, params)
         if compat.partitioned(ctx, division.mesh):
             function = division.by_compiler(functools.partial(self._piece, params))
         elif compat.explicit_axes(division.mesh):

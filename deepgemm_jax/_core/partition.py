@@ -27,8 +27,10 @@ class Division:
     A factor stays whole if the op wants that, and if its last block is partial.
     """
 
-    def __init__(self, signature: Signature, whole: Collection[str], avals: Sequence[Any]):
-        call = signature.match([aval.shape for aval in avals])
+    def __init__(
+        self, signature: Signature, whole: Collection[str], avals: Sequence[Any], params: Any
+    ):
+        call = signature.match([aval.shape for aval in avals], params)
         self.signature = signature
         self.types = [aval.sharding for aval in avals]
         self.mesh = next((t.mesh for t in self.types if not t.mesh.empty), self.types[0].mesh)
@@ -126,7 +128,8 @@ class Division:
             return mesh, call, shardings(self.results), tuple(shardings(self.operands))
 
         # In the order in which the rule has them, as Shardy wants them.
-        factors = dict.fromkeys(dim.factor for dims in self.operands for dim in dims)
+        arrays = self.operands + self.results
+        factors = dict.fromkeys(dim.factor for dims in arrays for dim in dims)
         contracted = set(self.signature.contracted) - self.whole
         call = custom_partitioning(lambda *operands: piece(operands, ()))
         call.def_partition(

@@ -5,6 +5,7 @@ An array is written ``dtype[dims]``, for instance ``float32[n/128 k/128]``:
 - a dim names a *factor*: arrays that share it have the same length there;
 - ``k/128`` counts the blocks of 128 of factor ``k``, the last of which may be partial; it stands
   in an array after one that has ``k`` itself;
+- a factor that no operand has is the name of a static parameter that holds its length;
 - ``bfloat16|float32`` allows either dtype; a word that is no dtype is the name of a static
   parameter that holds one;
 - an operand whose name ends in ``?`` may be left out together with those after it.
@@ -99,6 +100,12 @@ class Signature:
             for factor in self.blocks
             if all(array.axis(factor) is None for array in self.results)
         )
+        # Factors whose lengths are static parameters.
+        self.static = tuple(
+            factor
+            for factor in self.blocks
+            if all(array.axis(factor) is None for array in self.operands)
+        )
 
     def check(self, operands: Sequence[Any], params: Any) -> None:
         """Raises ValueError or TypeError for operands of one call that do not fit."""
@@ -109,7 +116,7 @@ class Signature:
                     f"{self.op}: {array.name} has dtype {operand.dtype}, wanted "
                     + " or ".join(dtype.name for dtype in wanted)
                 )
-        sizes = self.match([operand.shape for operand in operands], batch_dims=0).sizes
+        sizes = self.match([operand.shape for operand in operands], params, batch_dims=0).sizes
         for factor, (least, multiple) in self.limits.items():
             if sizes[factor] < least or sizes[factor] % multiple:
                 name = next(a.name for a in self.operands if a.axis(factor) is not None)
@@ -118,7 +125,9 @@ class Signature:
                     + (f" and a multiple of {multiple}" if multiple > 1 else "")
                 )
 
-    def match(self, shapes: Sequence[tuple[int, ...]], batch_dims: int | None = None) -> Call:
+    def match(
+        self, shapes: Sequence[tuple[int, ...]], params: Any, batch_dims: int | None = None
+    ) -> Call:
         """The call that has operands of these shapes; ValueError where they disagree.
 
         The first operand tells how many batch dims there are, unless it is said.
@@ -126,7 +135,7 @@ class Signature:
         operands = self.operands[: len(shapes)]
         if batch_dims is None:
             batch_dims = len(shapes[0]) - len(operands[0].dims)
-        sizes: dict[str, int] = {}
+        sizes: dict[str, int] = {factor: getattr(params, factor) for factor in self.static}
         source: dict[str, str] = {}
         for array, whole_shape in zip(operands, shapes, strict=True):
             shape = whole_shape[batch_dims:]

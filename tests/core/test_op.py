@@ -52,6 +52,22 @@ select = Op(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class FirstParams(Params):
+    count: int = 3
+
+
+# A result with a dim that no operand has.
+first = Op(
+    "first",
+    operands={"x": "float32[m n]"},
+    results={"y": "float32[m count]"},
+    reference=lambda params, x: [x[..., : params.count]],
+    derivative="use another",
+    fold=("m",),
+)
+
+
 def test_results_and_their_dtypes():
     x = np.random.default_rng(0).normal(size=(5, 300)).astype(np.float32)
     for to in (jnp.int8, jnp.int16):
@@ -140,3 +156,25 @@ def test_what_may_not_be_divided_is_whole(mesh, monkeypatch, kind, spec):
         )
     assert seen == {(4, 4 if spec[1] else 8, 12)}
     np.testing.assert_allclose(y, np.einsum("gmk,g->m", x, weights), rtol=1e-5, atol=1e-5)
+
+
+def test_length_that_is_a_static_parameter():
+    x = np.arange(48, dtype=np.float32).reshape(2, 4, 6)
+    for count in (0, 2, 5):
+        y = jax.vmap(lambda x, c=count: first(x, params=FirstParams(count=c)))(x)
+        np.testing.assert_array_equal(y, x[..., :count])
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [("x", None), (None, "y"), ("y", "x")])
+def test_length_that_is_a_static_parameter_is_whole(mesh, kind, spec):
+    x = np.arange(64, dtype=np.float32).reshape(8, 8)
+    with mesh(kind):
+        m = jax.sharding.get_mesh()
+        # XLA is asked to divide what it may not.
+        out = NamedSharding(m, P(spec[0], "y" if spec[0] == "x" else None))
+        y = jax.jit(
+            lambda x: first(x, params=FirstParams(count=4)),
+            out_shardings=out if kind == AxisType.Auto else None,
+        )(jax.device_put(x, NamedSharding(m, P(*spec))))
+    np.testing.assert_array_equal(y, x[:, :4])
