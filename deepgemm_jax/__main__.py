@@ -54,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
         help="bytes written before each call to empty the L2 cache; default: %(default)s",
     )
     bench.add_argument(
+        "--configs",
+        action="store_true",
+        help="time every config of a GEMM instead, and tell how good the choice among them is",
+    )
+    bench.add_argument(
         "--quick",
         action="store_true",
         help="10 calls and a flush of 256 MB; writes nothing unless --out says where",
@@ -87,9 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 cache.info()
         case "bench":
-            from ._bench import run
+            from ._bench import configs, run
 
-            return run.main(options)
+            return configs.main(options) if options.configs else run.main(options)
     return 0
 
 

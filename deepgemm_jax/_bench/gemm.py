@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,20 @@ from .case import Case, Program
 CHECKED_ROWS = 16
 
 
-def fp8_gemm_nt(m: int, n: int, k: int) -> Case:
+def problem(m: int, n: int, k: int) -> configs.Problem:
+    return configs.Problem(m, n, k, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
+
+
+def operands(m: int, n: int, k: int) -> tuple[Any, Any, Any, Any]:
+    """x and w in bfloat16, and a and b, which are the same in FP8."""
     x, w = _normal(0, m, k), _normal(1, n, k)
-    a, b = jax.jit(quantize_rows)(x), jax.jit(quantize_blocks)(w)
-    problem = configs.Problem(m, n, k, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
+    return x, w, jax.jit(quantize_rows)(x), jax.jit(quantize_blocks)(w)
+
+
+def fp8_gemm_nt(m: int, n: int, k: int) -> Case:
+    x, w, a, b = operands(m, n, k)
     device = cuda_device()
-    config = configs.choose(problem, device)
+    config = configs.choose(problem(m, n, k), device)
     return Case(
         program=Program(op, (a, b)),
         flops=2 * m * n * k,

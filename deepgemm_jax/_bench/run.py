@@ -10,7 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -43,41 +43,62 @@ COLUMNS: dict[str, tuple[int, Callable[[Row], str]]] = {
 }
 
 
-def main(options: argparse.Namespace) -> int:
+class Session(NamedTuple):
+    """What a run has, whatever it measures."""
+
+    gpu: str
+    timer: Timer
+    folder: Path | None  # for results
+    about: dict[str, Any]
+
+    def file(self, kind: str) -> Path | None:
+        return self.folder and self.folder / f"{gpu_slug(self.gpu)}{kind}"
+
+
+def start(options: argparse.Namespace, fields: str) -> Session | None:
+    """None, and a word to the user, if there is no GPU. `fields` tells what a row's fields mean."""
     try:
-        gpu = jax.devices("cuda")[0]
+        gpu = jax.devices("cuda")[0].device_kind
     except RuntimeError:
         print("bench needs an NVIDIA GPU that JAX sees; `info` says what is missing here")
-        return 2
-
+        return None
     calls, flush_mb = (10, 256) if options.quick else (30, options.flush_mb)
-    name = gpu_slug(gpu.device_kind)
+    method = (
+        f"us: GPU time of the op's own kernels alone (CUPTI), mean of {calls} calls, each after a "
+        f"write of {flush_mb} MiB that empties L2; random normal data quantised to e4m3. {fields}"
+    )
     folder = options.out or (None if options.quick else Path("benchmarks/results"))
-    results = Results(folder and folder / f"{name}.json", about(method(calls, flush_mb)))
+    return Session(gpu, ColdTimer(calls, flush_mb), folder, about(method))
+
+
+def main(options: argparse.Namespace) -> int:
+    session = start(options, _fields())
+    if session is None:
+        return 2
+    results = Results(session.file(".json"), session.about)
     failures = measure_all(
         list(chosen(BENCHMARKS, options.ops, options.shapes)),
-        ColdTimer(calls, flush_mb),
+        session.timer,
         results,
-        References(Path(f"benchmarks/reference/{name}_deepgemm.json")),
+        References(Path(f"benchmarks/reference/{gpu_slug(session.gpu)}_deepgemm.json")),
     )
-    if folder is not None and results.rows:
-        plot.draw(results.rows, gpu.device_kind, folder / f"{name}.png")
-        print(f"written to {folder}")
+    picture = session.file(".png")
+    if picture is not None and results.rows:
+        plot.draw(results.rows, session.gpu, picture)
+        print(f"written to {session.folder}")
     return 1 if failures else 0
 
 
-def method(calls: int, flush_mb: int) -> str:
+def _fields() -> str:
     peaks = ", ".join(f"{peak:.0f} TFLOPS in {kind}" for kind, peak in PEAK_TFLOPS.items())
     return (
-        f"us: GPU time of the op's own kernels alone (CUPTI), mean of {calls} calls, each after a "
-        f"write of {flush_mb} MiB that empties L2; random normal data quantised to e4m3. total_us, "
-        "with_quantize_us, xla_*_us: all kernels of the jitted op, of the op with A quantised in "
-        "the same jit, and of XLA's own way, timed likewise. error: the largest in a row over the "
-        "row's root mean square, against float64 on the dequantised operands, in a sample of rows. "
-        f"chain_us: a call's time by the clock in one jit of {CHAIN} calls, chain_kernel_us its "
-        "kernel time there. compile_ms, cached_ms: one kernel in a fresh process, with an empty "
-        "cache and a filled one (up to the cubin, not its loading into the driver). floor_us: the "
-        f"larger of arithmetic at {peaks}, and bytes at {PEAK_GBS:.0f} GB/s."
+        "total_us, with_quantize_us, xla_*_us: all kernels of the jitted op, of the op with A "
+        "quantised in the same jit, and of XLA's own way, timed likewise. error: the largest in a "
+        "row over the row's root mean square, against float64 on the dequantised operands, in a "
+        f"sample of rows. chain_us: a call's time by the clock in one jit of {CHAIN} calls, "
+        "chain_kernel_us its kernel time there. compile_ms, cached_ms: one kernel in a fresh "
+        "process, with an empty cache and a filled one (up to the cubin, not its loading into the "
+        f"driver). floor_us: the larger of arithmetic at {peaks}, and bytes at {PEAK_GBS:.0f} GB/s."
     )
 
 
@@ -117,7 +138,7 @@ def measure_all(
 
 def measure(benchmark: Benchmark, shape: tuple, timer: Timer) -> Row:
     case = benchmark.case(*shape)
-    call = _compiled(case.program)
+    call = compiled(case.program)
     error = case.error(call())
     if not error < WRONG:
         raise RuntimeError(f"the result is wrong: its error is {error}")
@@ -134,7 +155,7 @@ def measure(benchmark: Benchmark, shape: tuple, timer: Timer) -> Row:
         "total_us": mean_us(kernels, timer.calls),
     }
     for name, program in case.others.items():
-        row[f"{name}_us"] = mean_us(timer(_compiled(program)), timer.calls)
+        row[f"{name}_us"] = mean_us(timer(compiled(program)), timer.calls)
     if shape in benchmark.chained:
         row["chain_kernel_us"], row["chain_us"] = chain_us(case.chain(CHAIN))
     row["compile_ms"], row["cached_ms"] = compile_ms(case.variant)
@@ -144,13 +165,13 @@ def measure(benchmark: Benchmark, shape: tuple, timer: Timer) -> Row:
 
 def chain_us(chain: Program) -> tuple[float, float]:
     """Kernel time and time by the clock of one of the chain's calls, with the GPU equally warm."""
-    call, repeats = _compiled(chain), 10
+    call, repeats = compiled(chain), 10
     kernels = record(lambda: repeat(call, repeats))
     by_clock = wall_us(call, repeats)
     return mean_us(kernels, repeats * CHAIN, ENTRY_POINT), by_clock / CHAIN
 
 
-def _compiled(program: Program) -> Callable[[], Any]:
+def compiled(program: Program) -> Callable[[], Any]:
     compiled = jax.jit(program.function).lower(*program.args).compile()
     return functools.partial(compiled, *program.args)
 

@@ -11,7 +11,7 @@ import pytest
 
 from deepgemm_jax import runtime
 from deepgemm_jax.__main__ import main
-from deepgemm_jax._bench import plot, run, timing
+from deepgemm_jax._bench import configs, plot, run, timing
 from deepgemm_jax._bench.registry import BENCHMARKS
 from deepgemm_jax._bench.results import References, Results, gpu_slug, kernels_sha256
 
@@ -72,6 +72,29 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     about = json.loads((tmp_path / f"{name}.json").read_text())["about"]
     assert about["kernels_sha256"] == kernels_sha256()
     assert "16×32×48" in capsys.readouterr().out
+
+
+def test_every_config_is_timed(tmp_path, capsys):
+    class SlowFirst(FakeTimer):
+        """The first config of a shape takes three times as long as the others."""
+
+        first = 6.0
+
+        def __call__(self, call):
+            kernels = [("kernel", self.first)] * self.calls
+            self.first = 2.0
+            return kernels
+
+    results = Results(tmp_path / "configs.json", ABOUT)
+    configs.measure_all([(24, 144, 272)], SlowFirst(), results)
+    (row,) = json.loads((tmp_path / "configs.json").read_text())["rows"]
+    taken, *others = row["candidates"]
+    assert others and all(other["us"] == 2.0 for other in others)
+    assert taken["us"] == 6.0 and taken["predicted_us"] == min(
+        candidate["predicted_us"] for candidate in row["candidates"]
+    )
+    assert row["over_best"] == 3.0
+    assert "3.00 × the best config's" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not runtime.find_nvrtc(), reason="no NVRTC to compile with")
