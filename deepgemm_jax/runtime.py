@@ -182,11 +182,14 @@ def compile_variants(
         try:
             return _ask(worker, variant)
         finally:
-            idle.put(worker)
+            idle.put(worker if worker.poll() is None else start_worker())
+
+    def start_worker() -> subprocess.Popen:
+        return workers.enter_context(_start_worker(directory or cache_dir()))
 
     with contextlib.ExitStack() as workers, ThreadPoolExecutor(jobs) as pool:
         for _ in range(jobs):
-            idle.put(workers.enter_context(_start_worker(directory or cache_dir())))
+            idle.put(start_worker())
         tasks = [pool.submit(compile_one, variant) for variant in variants]
         for _ in as_completed(tasks):
             on_done()
@@ -203,10 +206,15 @@ def _start_worker(directory: Path) -> subprocess.Popen:
 
 def _ask(worker: subprocess.Popen, variant: Variant) -> Compiled:
     assert worker.stdin is not None and worker.stdout is not None
-    print(json.dumps(dataclasses.astuple(variant)), file=worker.stdin, flush=True)
-    line = worker.stdout.readline()
+    try:
+        print(json.dumps(dataclasses.astuple(variant)), file=worker.stdin, flush=True)
+        line = worker.stdout.readline()
+    except BrokenPipeError:  # it ended before it was asked
+        line = ""
     if not line:
-        raise RuntimeError(f"a compile worker ended with exit code {worker.wait()}")
+        with contextlib.suppress(BrokenPipeError):  # closing writes what could not be written
+            worker.stdin.close()
+        raise RuntimeError(f"the process to compile {variant} ended with code {worker.wait()}")
     answer = json.loads(line)
     if error := answer.get("error"):
         raise RuntimeError(error)

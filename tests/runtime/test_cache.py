@@ -126,6 +126,23 @@ def test_a_failure_loses_no_other_variant(cache):
     assert again.cached
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_worker_that_dies_loses_no_other_variant(tmp_path, monkeypatch, asked):
+    worker, tried = tmp_path / "worker.py", tmp_path / "tried"
+    worker.write_text(
+        "import sys\n"
+        f"with open({str(tried)!r}, 'a') as tried: tried.write(sys.stdin.readline())\n"
+        "sys.exit(3)\n"
+        if asked
+        else "raise SystemExit(3)"
+    )
+    monkeypatch.setattr(runtime._compile_worker, "__file__", str(worker))
+    variants = [runtime.Variant("some.cuh", (i,), "sm_90a") for i in range(4)]
+    with pytest.raises(RuntimeError, match=r"compile .*config=\(0,\).* ended with code 3"):
+        runtime.compile_variants(variants, jobs=1)
+    assert not asked or len(tried.read_text().splitlines()) == 4
+
+
 @pytest.mark.gpu
 def test_first_calls_on_a_gpu_compile_nothing(cache):
     deepgemm_jax.warmup_shapes(SHAPES)
