@@ -3,6 +3,20 @@
 __version__ = "0.1.0"
 
 from .gemm import fp8_gemm_nt
+from .grouped import (
+    k_grouped_bf16_gemm_nt_contiguous,
+    k_grouped_bf16_gemm_tn_contiguous,
+    k_grouped_fp8_gemm_nt_contiguous,
+    k_grouped_fp8_gemm_tn_contiguous,
+    m_grouped_bf16_gemm_nn_contiguous,
+    m_grouped_bf16_gemm_nt_contiguous,
+    m_grouped_bf16_gemm_nt_masked,
+    m_grouped_fp8_gemm_nn_contiguous,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
+    ragged_dot,
+    ragged_dot_general,
+)
 from .runtime import cache_info, clear_cache, warmup, warmup_shapes
 from .scaled import ScaledArray
 
@@ -11,6 +25,18 @@ __all__ = [
     "cache_info",
     "clear_cache",
     "fp8_gemm_nt",
+    "k_grouped_bf16_gemm_nt_contiguous",
+    "k_grouped_bf16_gemm_tn_contiguous",
+    "k_grouped_fp8_gemm_nt_contiguous",
+    "k_grouped_fp8_gemm_tn_contiguous",
+    "m_grouped_bf16_gemm_nn_contiguous",
+    "m_grouped_bf16_gemm_nt_contiguous",
+    "m_grouped_bf16_gemm_nt_masked",
+    "m_grouped_fp8_gemm_nn_contiguous",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
+    "ragged_dot",
+    "ragged_dot_general",
     "warmup",
     "warmup_shapes",
 ]

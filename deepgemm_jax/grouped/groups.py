@@ -1,0 +1,120 @@
+"""Which rows are whose. All of it is computed on the device, and defined for any numbers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PADDING = -1  # the id of a row of no group
+
+
+def spans(sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """First row and end of each group, for sizes [..., G] of groups that follow each other.
+
+    A negative size counts as 0. Where the sizes add up to more than there are rows, the groups end
+    with the rows.
+    """
+    sizes = clamp(sizes, rows)
+    # The sum of all may not fit int32; where it is cut, no later sum does harm.
+    ends = jax.lax.associative_scan(lambda x, y: jnp.minimum(x + y, rows), sizes, axis=-1)
+    return jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], -1), ends
+
+
+def spans_of_offsets(offsets: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """The same from G + 1 offsets. A group whose end is before its start is empty."""
+    offsets = jax.lax.cummax(clamp(offsets, rows))
+    return offsets[:-1], offsets[1:]
+
+
+def shard(
+    starts: jax.Array, ends: jax.Array, rows: int, first: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """The spans of `count` groups from the group `first` on; a group that there is not is empty."""
+    groups = starts.shape[-1]
+    index = clamp(first, groups, least=-count) + jnp.arange(count, dtype=jnp.int32)
+    before, behind = index < 0, index >= groups
+
+    def take(x):
+        x = jnp.take(x, index, axis=-1, mode="clip")
+        return jnp.where(before, 0, jnp.where(behind, rows, x))
+
+    return take(starts), take(ends)
+
+
+def ids(starts: jax.Array, ends: jax.Array, rows: int) -> jax.Array:
+    """The group of each row, for the spans of groups that follow each other."""
+    row = jnp.arange(rows, dtype=jnp.int32)
+    group = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
+    found = (group < ends.size) & (row >= jnp.take(starts, group, mode="clip"))
+    return jnp.where(found, group, PADDING)
+
+
+def row_ids(
+    op: str,
+    rows: int,
+    groups: int,
+    m_indices: Any,
+    group_sizes: Any,
+    group_offsets: Any,
+) -> jax.Array:
+    """The group of each row from the one spelling that is given; ValueError unless it is one."""
+    _exactly_one(op, m_indices=m_indices, group_sizes=group_sizes, group_offsets=group_offsets)
+    if m_indices is None:
+        return ids(*row_spans(op, rows, groups, group_sizes, group_offsets), rows)
+    m_indices = integers(op, "m_indices", m_indices, (rows,))
+    # Compared before it is cast: a wide id must not become a narrow one that is in range.
+    found = (m_indices >= 0) & (_widen(m_indices) < groups)
+    return jnp.where(found, m_indices.astype(jnp.int32), PADDING)
+
+
+def row_spans(
+    op: str, rows: int, groups: int | None, group_sizes: Any, group_offsets: Any
+) -> tuple[jax.Array, jax.Array]:
+    """First row and end of each group from the one spelling that is given."""
+    _exactly_one(op, group_sizes=group_sizes, group_offsets=group_offsets)
+    if group_offsets is None:
+        wanted = None if groups is None else (groups,)
+        return spans(integers(op, "group_sizes", group_sizes, wanted), rows)
+    wanted = None if groups is None else (groups + 1,)
+    offsets = integers(op, "group_offsets", group_offsets, wanted)
+    if not offsets.size:
+        raise ValueError(f"{op}: group_offsets has shape (0,), wanted one more than groups")
+    return spans_of_offsets(offsets, rows)
+
+
+def integers(op: str, name: str, x: Any, shape: tuple[int, ...] | None) -> jax.Array:
+    """The array, if it is one of integers and of this shape, or of one dim where that is None."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, wanted integers")
+    if x.ndim != 1 if shape is None else x.shape != shape:
+        raise ValueError(
+            f"{op}: {name} has shape {x.shape}, wanted {'1 dimension' if shape is None else shape}"
+        )
+    return x
+
+
+def _exactly_one(op: str, **spellings: Any) -> None:
+    given = [name for name, value in spellings.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"{op}: {' and '.join(given) or 'nothing'} given to say which rows are whose, wanted "
+            f"exactly one of {', '.join(spellings)}"
+        )
+
+
+def clamp(x: jax.Array, most: int, least: int = 0) -> jax.Array:
+    """As int32, between the bounds."""
+    # Unsigned integers have no bound below 0.
+    x = _widen(x)
+    x = (
+        jnp.minimum(x, most)
+        if jnp.issubdtype(x.dtype, jnp.unsignedinteger)
+        else jnp.clip(x, least, most)
+    )
+    return x.astype(jnp.int32)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    """In no fewer than 32 bits, which hold any bound."""
+    return x if x.dtype.itemsize >= 4 else x.astype(jnp.int32)

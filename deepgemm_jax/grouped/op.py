@@ -1,0 +1,219 @@
+"""The declarations of the grouped GEMMs.
+
+Rows are told by the id of their group, one for each: so rows may be divided among devices and
+batches folded into rows, whoever's they are. K-grouped ones are told by the first row and the end
+of each group, for it is the groups that may be divided there.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+
+from .._core.op import Op, Params
+from . import reference
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedParams(Params):
+    preferred_element_type: Any = jnp.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainParams(GroupedParams):
+    """Of operands without scales."""
+
+    lhs_dtype: Any = jnp.bfloat16
+    rhs_dtype: Any = jnp.bfloat16
+    precision: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedParams(GroupedParams):
+    expected_m: int | None = None
+    zero_fill: bool = False
+
+
+NO_DERIVATIVE = (
+    "Stop the gradient of its operands, or wrap the call in jax.custom_vjp, with the other grouped "
+    "products as its gradients: the K-grouped one is that of the weights"
+)
+QUANTISED = f"its operands are quantised. {NO_DERIVATIVE}"
+PLAIN = f"it is one of DeepGEMM's, use ragged_dot. {NO_DERIVATIVE}"
+
+
+def _divide_k(total, params, *operands):
+    """Parts of the sum stay in the accumulator's dtype; the cast is last."""
+    dtype = reference.accumulator(params.preferred_element_type)
+    (d,) = total(dataclasses.replace(params, preferred_element_type=dtype), *operands)
+    return [d.astype(params.preferred_element_type)]
+
+
+def _contiguous(name: str, a: dict, b: dict, ref, transpose_b: bool, derivative: str, limits=None):
+    return Op(
+        name,
+        operands={**a, **b, "m_indices": "int32[m]"},
+        results={"d": "preferred_element_type[m n]"},
+        limits=limits,
+        reference=functools.partial(ref, transpose_b=transpose_b),
+        derivative=derivative,
+        batched=True,
+        fold=("m", "n"),
+        whole=("g",),
+        divide=_divide_k,
+    )
+
+
+def _k_grouped(name: str, a: dict, b: dict, c: dict, ref, axis: int, derivative: str, limits=None):
+    return Op(
+        name,
+        operands={**a, **b, "starts": "int32[g]", "ends": "int32[g]", **c},
+        results={"d": "preferred_element_type[g m n]"},
+        limits=limits,
+        reference=functools.partial(ref, axis=axis),
+        derivative=derivative,
+        batched=True,
+        fold=("m", "n"),
+    )
+
+
+def _masked(name: str, a: dict, b: dict, ref, derivative: str):
+    return Op(
+        name,
+        operands={**a, **b, "masked_m": "int32[g]"},
+        results={"d": "preferred_element_type[g m n]"},
+        limits=LIMITS,
+        reference=ref,
+        derivative=derivative,
+        fold=("g",),
+        divide=_divide_k,
+    )
+
+
+def _fp8(name: str, data: str, scale: str) -> dict[str, str]:
+    return {f"{name}.data": f"float8_e4m3fn[{data}]", f"{name}.scale": f"float32[{scale}]"}
+
+
+LIMITS = {"n": (16, 1), "k": (16, 16)}
+K_LIMITS = {"m": (16, 16), "n": (16, 16)}
+
+A_FP8, A_BF16 = _fp8("a", "m k", "m k/128"), {"a": "bfloat16[m k]"}
+C = {"c?": "float32[g m n]"}
+
+m_grouped_fp8_gemm_nt_contiguous = _contiguous(
+    "m_grouped_fp8_gemm_nt_contiguous",
+    A_FP8,
+    _fp8("b", "g n k", "g n/128 k/128"),
+    reference.fp8_contiguous,
+    False,
+    QUANTISED,
+    LIMITS,
+)
+m_grouped_fp8_gemm_nn_contiguous = _contiguous(
+    "m_grouped_fp8_gemm_nn_contiguous",
+    A_FP8,
+    _fp8("b", "g k n", "g k/128 n/128"),
+    reference.fp8_contiguous,
+    True,
+    QUANTISED,
+    LIMITS,
+)
+m_grouped_bf16_gemm_nt_contiguous = _contiguous(
+    "m_grouped_bf16_gemm_nt_contiguous",
+    A_BF16,
+    {"b": "bfloat16[g n k]"},
+    reference.contiguous,
+    False,
+    PLAIN,
+    LIMITS,
+)
+m_grouped_bf16_gemm_nn_contiguous = _contiguous(
+    "m_grouped_bf16_gemm_nn_contiguous",
+    A_BF16,
+    {"b": "bfloat16[g k n]"},
+    reference.contiguous,
+    True,
+    PLAIN,
+    {**LIMITS, "n": (16, 8)},
+)
+m_grouped_fp8_gemm_nt_masked = _masked(
+    "m_grouped_fp8_gemm_nt_masked",
+    _fp8("a", "g m k", "g m k/128"),
+    _fp8("b", "g n k", "g n/128 k/128"),
+    reference.fp8_masked,
+    QUANTISED,
+)
+m_grouped_bf16_gemm_nt_masked = _masked(
+    "m_grouped_bf16_gemm_nt_masked",
+    {"a": "bfloat16[g m k]"},
+    {"b": "bfloat16[g n k]"},
+    reference.masked,
+    NO_DERIVATIVE,
+)
+k_grouped_fp8_gemm_tn_contiguous = _k_grouped(
+    "k_grouped_fp8_gemm_tn_contiguous",
+    _fp8("a", "k m", "k/128 m"),
+    _fp8("b", "k n", "k/128 n"),
+    C,
+    reference.fp8_k_grouped,
+    0,
+    QUANTISED,
+    K_LIMITS,
+)
+k_grouped_fp8_gemm_nt_contiguous = _k_grouped(
+    "k_grouped_fp8_gemm_nt_contiguous",
+    _fp8("a", "m k", "m k/128"),
+    _fp8("b", "n k", "n k/128"),
+    C,
+    reference.fp8_k_grouped,
+    1,
+    QUANTISED,
+    K_LIMITS,
+)
+k_grouped_bf16_gemm_tn_contiguous = _k_grouped(
+    "k_grouped_bf16_gemm_tn_contiguous",
+    {"a": "bfloat16[k m]"},
+    {"b": "bfloat16[k n]"},
+    C,
+    reference.k_grouped,
+    0,
+    NO_DERIVATIVE,
+    K_LIMITS,
+)
+k_grouped_bf16_gemm_nt_contiguous = _k_grouped(
+    "k_grouped_bf16_gemm_nt_contiguous",
+    {"a": "bfloat16[m k]"},
+    {"b": "bfloat16[n k]"},
+    C,
+    reference.k_grouped,
+    1,
+    NO_DERIVATIVE,
+    K_LIMITS,
+)
+# What ragged_dot and its gradients are made of, in any dtypes.
+ragged_nn = _contiguous(
+    "ragged_dot",
+    {"lhs": "lhs_dtype[m k]"},
+    {"rhs": "rhs_dtype[g k n]"},
+    reference.contiguous,
+    True,
+    PLAIN,
+)
+ragged_nt = _contiguous(
+    "ragged_dot_transposed",
+    {"lhs": "lhs_dtype[m k]"},
+    {"rhs": "rhs_dtype[g n k]"},
+    reference.contiguous,
+    False,
+    PLAIN,
+)
+ragged_contracting = _k_grouped(
+    "ragged_dot_contracting",
+    {"lhs": "lhs_dtype[k m]"},
+    {"rhs": "rhs_dtype[k n]"},
+    {},
+    reference.k_grouped,
+    0,
+    PLAIN,
+)

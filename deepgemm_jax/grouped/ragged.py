@@ -1,0 +1,453 @@
+"""`jax.lax.ragged_dot` and `ragged_dot_general`, by way of the grouped GEMMs.
+
+Whatever its dims, a ragged dot is one of two products of matrices, batched by `vmap`: rows of
+groups by a matrix each, or the rows of each group by each other.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.lax import RaggedDotDimensionNumbers
+from jax.sharding import AbstractMesh
+
+from .._core import compat
+from ..scaled import BLOCK, ScaledArray, unpack
+from . import groups, op, reference
+from .op import PlainParams
+
+Operand = Any  # an array, ScaledArray or tuple of data and scale
+
+_BASIC = RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+
+
+def ragged_dot(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    group_offset: Any = None,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    r"""Multiplies each row by its group's matrix; takes the arguments of `jax.lax.ragged_dot`.
+
+    $$D_{mn} = \sum_{k} L_{mk} R_{g - o, kn}, \qquad g = \text{group of row } m,
+    \; o = \text{group_offset}$$
+
+    Args:
+      lhs: [M, K], an array of any dtype, or a `ScaledArray` or tuple of data and scale.
+      rhs: [G, K, N], likewise.
+      group_sizes: integers [G], the rows of each group; groups follow each other from the first row
+        on. A negative size counts as 0. Where they add up to less than M, the last rows are in no
+        group; where to more, the groups end with the rows.
+      precision: of the product of arrays, as `jax.lax.dot` takes it.
+      preferred_element_type: the result's dtype. None is what `jax.lax.dot` would return for
+        arrays, and bfloat16 for two scaled ones.
+      group_offset: an integer, [1] or scalar: the group that the first matrix of `rhs` belongs to.
+        With it `rhs` may have fewer groups than `group_sizes`, those of one shard of the experts;
+        rows of other groups are zero, so that the sum over the shards is the whole.
+      implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
+        is one and plain JAX elsewhere.
+
+    Float8 data scaled as `m_grouped_fp8_gemm_nn_contiguous` takes them are multiplied as it does.
+    Other scales are multiplied in first: in float32, or in the dtype of an operand without scale.
+
+    Returns:
+      D, [M, N]. Rows of no group are zero.
+
+    Raises:
+      TypeError, ValueError: what does not fit.
+      NotImplementedError: `implementation="cuda"` where there is no kernel; a derivative is asked
+        for of float8 data with their scales, or one in forward mode.
+
+    For arrays there is a gradient, of any order, itself made of grouped products. Under `jax.vmap`
+    a batch of `lhs` is one call with more rows. M, N and K may be divided on a mesh.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from deepgemm_jax import ragged_dot
+        >>> lhs, rhs = jnp.ones((5, 2)), jnp.arange(6.0).reshape(3, 2, 1)
+        >>> print(ragged_dot(lhs, rhs, jnp.array([2, 0, 2]))[:, 0])
+        [1. 1. 9. 9. 0.]
+        >>> print(ragged_dot(lhs, rhs[2:], jnp.array([2, 0, 2]), group_offset=2)[:, 0])
+        [0. 0. 9. 9. 0.]
+    """
+    return _ragged_dot_general(
+        "ragged_dot",
+        lhs,
+        rhs,
+        group_sizes,
+        _BASIC,
+        precision,
+        preferred_element_type,
+        group_offset,
+        implementation,
+    )
+
+
+def ragged_dot_general(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: Any,
+    ragged_dot_dimension_numbers: RaggedDotDimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    group_offset: Any = None,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    r"""A ragged dot over any dims; takes `jax.lax.ragged_dot_general`'s arguments.
+
+    With b batch dims, x dims outer to the ragged one, and g groups, by the kind of the ragged dim:
+
+    1. not contracted: `[b..., m..., k...], [g, b..., k..., n...], [b..., x..., g] ->
+       [b..., m..., n...]`: rows times the matrix of their group;
+    2. contracted: `[b..., m..., k...], [b..., k..., n...], [b..., x..., g] ->
+       [g, b..., m..., n...]`: a product for each group, over the group's part of k;
+    3. of the batch: `[b..., m..., k...], [b..., k..., n...], [x..., g] -> [b..., m..., n...]`: an
+       ordinary batched product, where elements of no group are zero. `jax.lax` computes those too.
+
+    Args:
+      lhs: an array, or a `ScaledArray` or tuple of data and scale.
+      rhs: likewise.
+      group_sizes: integers of the shape above or just [g]; read as `ragged_dot` does.
+      ragged_dot_dimension_numbers: which dims are which.
+      precision: as `ragged_dot` has it, as what follows but for `group_offset`.
+      group_offset: an integer, [1] or scalar. In the first kind the group of the first matrix of
+        `rhs`, as `ragged_dot` has it; in the others the first group that is computed, where results
+        of groups before it are zero.
+
+    Float8 data of two dims, with scales as `m_grouped_fp8_gemm_{nn,nt}_contiguous` and
+    `k_grouped_fp8_gemm_{tn,nt}_contiguous` take them, are multiplied as those do.
+
+    Returns, raises and transforms as `ragged_dot` does.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from jax.lax import RaggedDotDimensionNumbers
+        >>> from deepgemm_jax import ragged_dot_general
+        >>> x = jnp.arange(4.0).reshape(4, 1)
+        >>> dims = RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
+        >>> print(ragged_dot_general(x, x, jnp.array([2, 0, 2]), dims)[:, 0, 0])
+        [ 1.  0. 13.]
+    """
+    return _ragged_dot_general(
+        "ragged_dot_general",
+        lhs,
+        rhs,
+        group_sizes,
+        ragged_dot_dimension_numbers,
+        precision,
+        preferred_element_type,
+        group_offset,
+        implementation,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dims:
+    """A ragged dot's dims by their roles."""
+
+    l_contract: tuple[int, ...]
+    r_contract: tuple[int, ...]
+    l_batch: tuple[int, ...]
+    r_batch: tuple[int, ...]
+    l_kept: tuple[int, ...]
+    r_kept: tuple[int, ...]
+    ragged: int
+    group: tuple[int, ...]
+
+    @classmethod
+    def of(cls, numbers: RaggedDotDimensionNumbers, l_ndim: int, r_ndim: int) -> "_Dims":
+        contract, batch = numbers.dot_dimension_numbers
+        l_contract, r_contract, l_batch, r_batch = map(tuple, (*contract, *batch))
+        group = tuple(numbers.rhs_group_dimensions)
+        return cls(
+            l_contract,
+            r_contract,
+            l_batch,
+            r_batch,
+            tuple(i for i in range(l_ndim) if i not in (*l_contract, *l_batch)),
+            tuple(i for i in range(r_ndim) if i not in (*r_contract, *r_batch, *group)),
+            numbers.lhs_ragged_dimensions[0],
+            group,
+        )
+
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The dims of `lhs` of the ragged one's kind that are outer and inner to it."""
+        kinds = (self.l_kept, self.l_contract, self.l_batch)
+        kind = next(dims for dims in kinds if self.ragged in dims)
+        place = kind.index(self.ragged)
+        return kind[:place], kind[place + 1 :]
+
+
+def _ragged_dot_general(
+    name: str,
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: Any,
+    numbers: RaggedDotDimensionNumbers,
+    precision: Any,
+    preferred_element_type: Any,
+    group_offset: Any,
+    implementation: str | None,
+) -> jax.Array:
+    if implementation not in (None, "cuda", "xla"):
+        raise ValueError(
+            f"{name}: implementation is {implementation!r}, wanted None, 'cuda' or 'xla'"
+        )
+    group_sizes = jnp.asarray(group_sizes)
+    if group_offset is not None:
+        group_offset = jnp.asarray(group_offset)
+        if group_offset.shape not in ((), (1,)):
+            raise ValueError(
+                f"{name}: group_offset has shape {group_offset.shape}, wanted (1,) or ()"
+            )
+        group_offset = groups.integers(name, "group_offset", group_offset.reshape(1), (1,))[0]
+    lhs, rhs = (
+        ScaledArray(*unpack(name, which, x))
+        if isinstance(x, (ScaledArray, tuple))
+        else jnp.asarray(x)
+        for which, x in (("lhs", lhs), ("rhs", rhs))
+    )
+    scaled = [isinstance(x, ScaledArray) for x in (lhs, rhs)]
+    if preferred_element_type is None and all(scaled):
+        preferred_element_type = jnp.bfloat16
+    dtypes = [
+        x.dtype if not is_scaled else jnp.dtype(jnp.float32) if all(scaled) else other.dtype
+        for x, other, is_scaled in zip((lhs, rhs), (rhs, lhs), scaled, strict=True)
+    ]
+    result = _check(
+        name,
+        [jax.ShapeDtypeStruct(x.shape, d) for x, d in zip((lhs, rhs), dtypes, strict=True)],
+        group_sizes,
+        numbers,
+        precision,
+        preferred_element_type,
+        sharded=group_offset is not None,
+    )
+    dims = _Dims.of(numbers, len(lhs.shape), len(rhs.shape))
+    first, last = _spans(dims, lhs.shape, rhs.shape, group_sizes, group_offset)
+    if all(scaled) and (which := _scaled_op(dims, lhs, rhs)):
+        dtype = result.dtype if result.dtype in (jnp.bfloat16, jnp.float32) else jnp.float32
+        operands = [lhs.data, lhs.scale, rhs.data, rhs.scale]
+        # With a group for each row, or the rows of each group.
+        operands += [first, last] if not dims.group else [groups.ids(first, last, lhs.shape[0])]
+        d = which(*operands, params=op.GroupedParams(implementation, dtype))
+        return d.astype(result.dtype)
+
+    lhs, rhs = (
+        x.dequantize(dtype) if isinstance(x, ScaledArray) else x
+        for x, dtype in zip((lhs, rhs), dtypes, strict=True)
+    )
+    params = PlainParams(implementation, result.dtype, lhs.dtype, rhs.dtype, precision)
+    lhs, rhs, first, last = compat.vary_alike([lhs, rhs, first, last])
+    if dims.ragged in dims.l_kept:
+        return _rows(dims, params, lhs, rhs, first, last).reshape(result.shape)
+    if dims.ragged in dims.l_contract:
+        return _sums(dims, params, lhs, rhs, first, last).reshape(result.shape)
+    if implementation == "cuda":
+        raise NotImplementedError(f"{name} has no kernel for a ragged batch")
+    d = jax.lax.dot_general(
+        lhs, rhs, numbers.dot_dimension_numbers, precision, preferred_element_type
+    )
+    counts = _counted(first, last, lhs.shape[dims.ragged])
+    counts = jnp.expand_dims(counts, range(counts.ndim, d.ndim))
+    return jnp.where(counts, d, jnp.zeros((), d.dtype))
+
+
+def _check(
+    name: str,
+    operands: Sequence[jax.ShapeDtypeStruct],
+    group_sizes: jax.Array,
+    numbers: RaggedDotDimensionNumbers,
+    precision: Any,
+    preferred_element_type: Any,
+    sharded: bool,
+) -> jax.ShapeDtypeStruct:
+    """The result's type as jax.lax has it; TypeError or ValueError for what it does not take."""
+    lhs, rhs = operands
+    sizes = list(group_sizes.shape)
+    if sharded and sizes and (group := numbers.rhs_group_dimensions):
+        if rhs.shape[group[0]] > sizes[-1]:
+            raise ValueError(
+                f"{name}: rhs has {rhs.shape[group[0]]} groups, wanted no more than the "
+                f"{sizes[-1]} of group_sizes"
+            )
+        sizes[-1] = rhs.shape[group[0]]
+    try:
+        # Of types alone, on no mesh, for jax.lax wants to be told the sharding on some.
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return jax.eval_shape(
+                functools.partial(
+                    jax.lax.ragged_dot_general,
+                    ragged_dot_dimension_numbers=numbers,
+                    precision=precision,
+                    preferred_element_type=preferred_element_type,
+                ),
+                lhs,
+                rhs,
+                jax.ShapeDtypeStruct(tuple(sizes), group_sizes.dtype),
+            )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _spans(
+    dims: _Dims,
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    group_sizes: jax.Array,
+    group_offset: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """First and end of each group along the ragged dim, for each of the dims outer to it."""
+    outer, _ = dims.around()
+    outside = outer if dims.ragged in dims.l_batch else (*dims.l_batch, *outer)
+    shape = (*(lhs_shape[i] for i in outside), group_sizes.shape[-1])
+    rows = lhs_shape[dims.ragged]
+    first, last = groups.spans(jnp.broadcast_to(group_sizes, shape), rows)
+    if group_offset is None:
+        return first, last
+    if dims.group:
+        return groups.shard(first, last, rows, group_offset, rhs_shape[dims.group[0]])
+    before = jnp.arange(shape[-1]) < groups.clamp(group_offset, shape[-1])
+    return jnp.where(before, last, first), last
+
+
+def _counted(first: jax.Array, last: jax.Array, rows: int) -> jax.Array:
+    """Which rows [..., rows] belong to a group."""
+    function: Callable = functools.partial(groups.ids, rows=rows)
+    for _ in range(first.ndim - 1):
+        function = jax.vmap(function)
+    return function(first, last) != groups.PADDING
+
+
+def _scaled_op(dims: _Dims, lhs: ScaledArray, rhs: ScaledArray) -> Callable | None:
+    """The op that takes these scales as they are, if there is one."""
+    if any(x.data.dtype != jnp.float8_e4m3fn or x.scale.dtype != jnp.float32 for x in (lhs, rhs)):
+        return None
+    if dims.l_batch or len(lhs.shape) != 2 or len(dims.r_kept) != 1:
+        return None
+
+    def fits(x: ScaledArray, *blocks: int) -> bool:
+        wanted = tuple(-(-n // block) for n, block in zip(x.shape, blocks, strict=True))
+        return x.scale.shape == wanted
+
+    contract: tuple = dims.l_contract, dims.r_contract
+    m, n, k = lhs.shape[dims.l_kept[0]], rhs.shape[dims.r_kept[0]], lhs.shape[dims.l_contract[0]]
+    if dims.group == (0,) and dims.ragged == 0 and fits(lhs, 1, BLOCK):
+        which = {
+            ((1,), (1,)): op.m_grouped_fp8_gemm_nn_contiguous,
+            ((1,), (2,)): op.m_grouped_fp8_gemm_nt_contiguous,
+        }.get(contract)
+        return which if fits(rhs, 1, BLOCK, BLOCK) and n >= 16 and k and k % 16 == 0 else None
+    if not dims.group:
+        which, blocks = {
+            ((0,), (0,)): (op.k_grouped_fp8_gemm_tn_contiguous, (BLOCK, 1)),
+            ((1,), (1,)): (op.k_grouped_fp8_gemm_nt_contiguous, (1, BLOCK)),
+        }.get(contract, (None, (1, 1)))
+        if m and n and m % 16 == n % 16 == 0 and fits(lhs, *blocks) and fits(rhs, *blocks):
+            return which
+    return None
+
+
+def _matrices(x: jax.Array, *roles: Sequence[int], separate: Sequence[int]) -> jax.Array:
+    """Its dims in the order of their roles, those of one role become one, but for the first."""
+    order = [*separate, *(dim for role in roles for dim in role)]
+    sizes = [math.prod(x.shape[dim] for dim in role) for role in roles]
+    return x.transpose(order).reshape([*(x.shape[dim] for dim in separate), *sizes])
+
+
+def _rows(dims, params, lhs, rhs, first, last):
+    """The first kind: [b..., x..., m, k], [b..., g, k, n] -> [b..., x..., m, n]."""
+    outer, inner = dims.around()
+    inside = math.prod(lhs.shape[i] for i in inner)
+    lhs = _matrices(lhs, (dims.ragged, *inner), dims.l_contract, separate=(*dims.l_batch, *outer))
+    # As its memory has it, to save a transposition.
+    transposed = max(dims.r_kept, default=-1) < min(dims.r_contract, default=-1)
+    matrix = (dims.r_kept, dims.r_contract) if transposed else (dims.r_contract, dims.r_kept)
+    rhs = _matrices(rhs, dims.group, *matrix, separate=dims.r_batch)
+    function = functools.partial(_grouped, transposed, params)
+    for _ in outer:
+        function = jax.vmap(function, (0, None, 0, 0))
+    for _ in dims.l_batch:
+        function = jax.vmap(function)
+    return function(lhs, rhs, first * inside, last * inside)
+
+
+def _sums(dims, params, lhs, rhs, first, last):
+    """The second kind: [b..., x..., k, m], [b..., x..., k, n] -> [g, b..., m, n]."""
+    outer, inner = dims.around()
+    inside = math.prod(lhs.shape[i] for i in inner)
+    paired = dict(zip(dims.l_contract, dims.r_contract, strict=True))
+    lhs = _matrices(lhs, (dims.ragged, *inner), dims.l_kept, separate=(*dims.l_batch, *outer))
+    rhs = _matrices(
+        rhs,
+        [paired[dim] for dim in (dims.ragged, *inner)],
+        dims.r_kept,
+        separate=(*dims.r_batch, *(paired[dim] for dim in outer)),
+    )
+    dtype = params.preferred_element_type
+    if outer:
+        sums = reference.accumulator(dtype)
+        params = dataclasses.replace(params, preferred_element_type=sums)
+    function = functools.partial(_contracted, params)
+    for _ in (*outer, *dims.l_batch):
+        function = jax.vmap(function)
+    d = function(lhs, rhs, first * inside, last * inside)
+    batch = len(dims.l_batch)
+    d = d.sum(range(batch, batch + len(outer))).astype(dtype)
+    return jnp.moveaxis(d, batch, 0)
+
+
+def _like(params: PlainParams, lhs: jax.Array, rhs: jax.Array, dtype: Any) -> PlainParams:
+    return dataclasses.replace(
+        params, lhs_dtype=lhs.dtype, rhs_dtype=rhs.dtype, preferred_element_type=dtype
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped(transposed, params, lhs, rhs, first, last):
+    """[m, k] times [g, k, n], or [g, n, k] where `transposed`."""
+    which = op.ragged_nt if transposed else op.ragged_nn
+    return which(lhs, rhs, groups.ids(first, last, lhs.shape[0]), params=params)
+
+
+def _grouped_forward(transposed, params, *operands):
+    return _grouped(transposed, params, *operands), operands
+
+
+def _grouped_backward(transposed, params, operands, d):
+    lhs, rhs, first, last = operands
+    d_lhs = _grouped(not transposed, _like(params, d, rhs, lhs.dtype), d, rhs, first, last)
+    pair = (d, lhs) if transposed else (lhs, d)
+    return d_lhs, _contracted(_like(params, *pair, rhs.dtype), *pair, first, last), None, None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contracted(params, lhs, rhs, first, last):
+    """[k, m] times [k, n] over each group's part of k: [g, m, n]."""
+    return op.ragged_contracting(lhs, rhs, first, last, params=params)
+
+
+def _contracted_forward(params, *operands):
+    return _contracted(params, *operands), operands
+
+
+def _contracted_backward(params, operands, d):
+    lhs, rhs, first, last = operands
+    d_lhs = _grouped(True, _like(params, rhs, d, lhs.dtype), rhs, d, first, last)
+    d_rhs = _grouped(False, _like(params, lhs, d, rhs.dtype), lhs, d, first, last)
+    return d_lhs, d_rhs, None, None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+_contracted.defvjp(_contracted_forward, _contracted_backward)

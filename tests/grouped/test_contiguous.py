@@ -1,0 +1,265 @@
+"""m_grouped_{fp8,bf16}_gemm_{nt,nn}_contiguous against the oracles."""
+
+import doctest
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grouped.cases import SIZES, Form, contiguous, ids, pick
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from oracles import FLOAT8, assert_close, on_each_platform, put
+
+M, N, K, G = 70, 136, 144, 4
+
+
+@functools.cache
+def jitted(form: Form, dtype=jnp.bfloat16):
+    return jax.jit(functools.partial(form.function, preferred_element_type=dtype))
+
+
+def offsets(sizes):
+    return np.cumsum([0, *sizes]).astype(np.int32)
+
+
+@on_each_platform
+@contiguous
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sizes(platform, form, sizes):
+    a, b = form.problem(0, M, N, K, G)
+    d = jitted(form)(*put((a, b), platform), group_sizes=np.array(sizes, np.int32))
+    assert_close(d, form.expected(a, b, ids(sizes, M)), platform)
+
+
+@on_each_platform
+@contiguous
+def test_every_set_of_empty_groups(platform, form):
+    a, b = form.problem(1, M, N, K, G)
+    operands = put((a, b), platform)
+    for present in itertools.product([0, 1], repeat=G):
+        sizes = np.array(present, np.int32) * [9, 30, 1, 20]
+        d = jitted(form)(*operands, group_sizes=sizes.astype(np.int32))
+        assert_close(d, form.expected(a, b, ids(sizes, M)), platform)
+
+
+@on_each_platform
+@contiguous
+def test_indices_in_any_order_and_out_of_range(platform, form):
+    a, b = form.problem(2, M, N, K, G)
+    indices = np.random.default_rng(0).integers(-2, G + 2, M).astype(np.int32)
+    indices[:2] = 2**31 - 1, -(2**31)
+    d = jitted(form)(*put((a, b), platform), m_indices=indices)
+    assert_close(d, form.expected(a, b, indices), platform)
+
+
+@on_each_platform
+@contiguous
+def test_offsets(platform, form):
+    a, b = form.problem(3, M, N, K, G)
+    for given_, expected in [
+        ([0, 10, 10, 40, 70], [0] * 10 + [2] * 30 + [3] * 30),
+        ([5, 6, 20, 40, 60], [-1] * 5 + [0] + [1] * 14 + [2] * 20 + [3] * 20 + [-1] * 10),
+        ([0, 30, 10, 40, 500], [0] * 30 + [2] * 10 + [3] * 30),
+        ([-7, -3, 5, 2**31 - 1, 3], [1] * 5 + [2] * 65),
+    ]:
+        d = jitted(form)(*put((a, b), platform), group_offsets=np.array(given_, np.int32))
+        assert_close(d, form.expected(a, b, expected), platform)
+
+
+@contiguous
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int64])
+def test_spellings_and_integers_agree(form, dtype):
+    a, b = form.problem(4, M, N, K, G)
+    sizes = np.array([20, 0, 33, 5], dtype)
+    expected = form.expected(a, b, ids(sizes, M))
+    rows = np.where(ids(sizes, M) < 0, G, ids(sizes, M)).astype(dtype)
+    for spelling in (
+        {"group_sizes": sizes},
+        {"group_offsets": offsets(sizes).astype(dtype)},
+        {"m_indices": rows},
+    ):
+        assert_close(form.function(a, b, **spelling), expected)
+
+
+def test_sizes_wider_than_their_dtype_holds_rows():
+    form = Form("m_grouped_bf16_gemm_nt_contiguous")
+    a, b = form.problem(5, 300, 16, 16, 3)
+    sizes = np.array([100, 127, -1], np.int8)
+    assert_close(form.function(a, b, group_sizes=sizes), form.expected(a, b, ids(sizes, 300)))
+
+
+@on_each_platform
+@settings(deadline=None, max_examples=8)
+@given(
+    name=st.sampled_from(
+        [f"m_grouped_{t}_gemm_{x}_contiguous" for t in ("fp8", "bf16") for x in ("nt", "nn")]
+    ),
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(2, 40).map(lambda n: 8 * n),
+    k=st.integers(1, 24).map(lambda k: 16 * k),
+    sizes=st.lists(st.integers(0, 90), min_size=1, max_size=6),
+    more=st.integers(-20, 20),
+    dtype=st.sampled_from([jnp.bfloat16, jnp.float32]),
+)
+@example(
+    name="m_grouped_fp8_gemm_nt_contiguous",
+    seed=0,
+    n=16,
+    k=16,
+    sizes=[0],
+    more=0,
+    dtype=jnp.float32,
+)
+def test_shapes(platform, name, seed, n, k, sizes, more, dtype):
+    form, m = Form(name), max(0, sum(sizes) + more)
+    a, b = form.problem(seed, m, n, k, len(sizes))
+    d = jitted(form, dtype)(*put((a, b), platform), group_sizes=np.array(sizes, np.int32))
+    assert d.dtype == dtype
+    assert_close(d, form.expected(a, b, ids(sizes, m)), platform)
+
+
+@on_each_platform
+def test_many_groups(platform):
+    form = Form("m_grouped_fp8_gemm_nt_contiguous")
+    rng = np.random.default_rng(6)
+    sizes = (rng.zipf(1.5, 512).clip(0, 40) * (rng.random(512) > 0.5)).astype(np.int32)
+    m = int(sizes.sum()) + 3
+    a, b = form.problem(6, m, 16, 32, 512)
+    d = jitted(form)(*put((a, b), platform), group_sizes=sizes)
+    assert_close(d, form.expected(a, b, ids(sizes, m)), platform)
+
+
+@on_each_platform
+@contiguous
+def test_what_is_no_group_s_stays_out(platform, form):
+    """NaN in padding, and in the matrices of groups with no rows, is nobody's."""
+    a, b = form.problem(7, M, N, K, G)
+    sizes = np.array([20, 0, 33, 5], np.int32)
+    for leaf in jax.tree.leaves(a):
+        leaf[58:] = np.nan
+    for leaf in jax.tree.leaves(b):
+        leaf[1] = np.nan
+    d = jitted(form)(*put((a, b), platform), group_sizes=sizes)
+    assert not np.asarray(d[58:], np.float32).any()
+    assert np.isfinite(np.asarray(d, np.float32)).all()
+
+
+@contiguous
+def test_sizes_are_data(form):
+    a, b = form.problem(8, M, N, K, G)
+    traces = []
+
+    @jax.jit
+    def gemm(a, b, sizes):
+        traces.append(sizes)
+        return form.function(a, b, group_sizes=sizes)
+
+    with jax.transfer_guard_device_to_host("disallow"):
+        for sizes in SIZES:
+            gemm(a, b, np.array(sizes, np.int32))
+    assert len(traces) == 1
+    assert gemm._cache_size() == 1
+
+
+@contiguous
+def test_results_repeat_bit_for_bit(form):
+    a, b = form.problem(9, M, N, K, G)
+    sizes = np.array(SIZES[0], np.int32)
+    first = np.asarray(jitted(form)(a, b, group_sizes=sizes)).tobytes()
+    assert np.asarray(jitted(form)(a, b, group_sizes=sizes)).tobytes() == first
+    xla = form.function(a, b, group_sizes=sizes, implementation="xla")
+    assert np.asarray(xla).tobytes() == first
+
+
+@contiguous
+@pytest.mark.parametrize("axes", [(0, None, None), (0, None, 0), (0, 0, 0), (None, 0, None)])
+def test_vmap(form, axes):
+    batch = 3
+    a, b = form.problem(10, 40, 128, 144, G, (batch,))
+    sizes = np.array([[20, 13, 0, 7], [0, 0, 5, 60], [1, 2, 3, 4]], np.int32)
+    operands = [x if axis == 0 else pick(x, 0) for x, axis in zip((a, b, sizes), axes, strict=True)]
+
+    def gemm(a, b, sizes):
+        return form.function(a, b, group_sizes=sizes)
+
+    d = jax.jit(jax.vmap(gemm, axes))(*operands)
+    for i in range(batch):
+        a, b, sizes = (
+            pick(x, i) if axis == 0 else x for x, axis in zip(operands, axes, strict=True)
+        )
+        assert_close(d[i], form.expected(a, b, ids(sizes, 40)))
+
+
+def test_vmap_of_rows_makes_no_copies_of_the_matrices():
+    form = Form("m_grouped_bf16_gemm_nt_contiguous")
+    a, b = form.problem(11, 24, 16, 16, 64, (10,))
+
+    def gemm(a, b, sizes):
+        return form.function(a, b, group_sizes=sizes)
+
+    text = jax.jit(jax.vmap(gemm, (0, None, None))).lower(a, b[0], np.zeros(64, np.int32)).as_text()
+    assert "tensor<240x16xbf16>" in text  # all rows as one matrix
+    assert "10x64x16x16" not in text
+
+
+def array(dtype, *shape):
+    return jnp.zeros(shape, dtype)
+
+
+A = array(FLOAT8, 5, 256), array(jnp.float32, 5, 2)
+B = array(FLOAT8, 3, 300, 256), array(jnp.float32, 3, 3, 2)
+SIZES_OF_3 = {"group_sizes": np.zeros(3, np.int32)}
+NAME = "m_grouped_fp8_gemm_nt_contiguous"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "error", "named"),
+    [
+        ((A, B), {}, ValueError, ["nothing", "exactly one of m_indices, group_sizes"]),
+        (
+            (A, B),
+            {**SIZES_OF_3, "m_indices": np.zeros(5, np.int32)},
+            ValueError,
+            ["m_indices and group_sizes", "exactly one"],
+        ),
+        ((A, B), {"group_sizes": np.zeros(4, np.int32)}, ValueError, ["group_sizes", "(4,)"]),
+        ((A, B), {"group_sizes": np.zeros(3)}, TypeError, ["group_sizes", "float", "integers"]),
+        ((A, B), {"m_indices": np.zeros(3, np.int32)}, ValueError, ["m_indices", "(5,)"]),
+        ((A, B), {"group_offsets": np.zeros(3, np.int32)}, ValueError, ["offsets", "(4,)"]),
+        ((array(jnp.float32, 5, 256), B), SIZES_OF_3, TypeError, ["a is float32[5,256]"]),
+        ((A, (B[0][:, :, :128], B[1])), SIZES_OF_3, ValueError, ["b.data", "(3, 300, 256)"]),
+        ((A, (B[0], B[1][:, :2])), SIZES_OF_3, ValueError, ["b.scale", "(3, 3, 2)"]),
+        ((A, (B[0][0], B[1][0])), {"m_indices": np.zeros(5, int)}, ValueError, ["b.data", "g n k"]),
+        ((A, B), {**SIZES_OF_3, "preferred_element_type": jnp.int8}, ValueError, ["int8"]),
+        ((A, B), {**SIZES_OF_3, "implementation": "gpu"}, ValueError, ["'gpu'"]),
+    ],
+)
+def test_bad_input(arguments, keywords, error, named):
+    with pytest.raises(error, match=f"^{NAME}: ") as raised:
+        jax.eval_shape(lambda *xs: Form(NAME).function(*xs, **keywords), *arguments)
+    for words in named:
+        assert words in str(raised.value)
+
+
+@contiguous
+def test_no_kernel_and_no_derivative(form):
+    a, b = form.problem(12, M, N, K, G)
+    sizes = np.array(SIZES[0], np.int32)
+    with pytest.raises(NotImplementedError, match=f"{form} has no kernel"):
+        form.function(a, b, group_sizes=sizes, implementation="cuda")
+
+    def loss(x):
+        operand = (a.data, x) if form.fp8 else x
+        return form.function(operand, b, group_sizes=sizes).astype(jnp.float32).sum()
+
+    with pytest.raises(NotImplementedError, match=f"{form} has no derivative"):
+        jax.grad(loss)(a.scale if form.fp8 else a)
+
+
+@contiguous
+def test_example_of_the_docstring(form):
+    (case,) = doctest.DocTestFinder(recurse=False).find(form.function, form.name)
+    assert doctest.DocTestRunner().run(case).failed == 0
