@@ -1,0 +1,134 @@
+"""The declarations of the indexer's ops."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from .._core.op import Op, Params
+from . import reference
+
+HEAD_DIMS = (32, 64, 128)
+BLOCK_KV = (32, 64)
+MAX_K = 2048
+
+LOGITS_OPERANDS = {
+    "q": "float8_e4m3fn[s h d]",
+    "kv.data": "float8_e4m3fn[t d]",
+    "kv.scale": "float32[t]",
+    "weights": "float32[s h]",
+    "cu_seq_len_k_start": "int32[s]",
+    "cu_seq_len_k_end": "int32[s]",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitsParams(Params):
+    columns: int = 0  # of the result
+    compressed: bool = False  # whether a row's first column is its first key, and not key 0
+    clean_logits: bool = True
+    logits_dtype: Any = jnp.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class TopkParams(Params):
+    k: int = 0
+    logits_dtype: Any = jnp.float32
+
+
+def _check_head_dim(name, q):
+    if q.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"{name}: q has d = {q.shape[-1]}, wanted 32, 64 or 128")
+
+
+def _check_paged(params, operands):
+    q, cache, *_ = operands
+    name = "fp8_paged_mqa_logits"
+    _check_head_dim(name, q)
+    block_kv, width = cache.shape[1:]
+    if block_kv not in BLOCK_KV:
+        raise ValueError(f"{name}: fused_kv_cache has blocks of {block_kv}, wanted 32 or 64")
+    if width != q.shape[-1] + 4:
+        raise ValueError(
+            f"{name}: fused_kv_cache has {width} bytes a key, wanted {q.shape[-1] + 4}: "
+            f"d = {q.shape[-1]} of q, and 4 for the scale"
+        )
+
+
+def _divide_heads(total, params, *operands):
+    """Each device's heads add to the same logits; the mask is in all parts, and stays: −∞."""
+    (logits,) = total(dataclasses.replace(params, logits_dtype=jnp.float32), *operands)
+    return [logits.astype(params.logits_dtype)]
+
+
+fp8_mqa_logits = Op(
+    "fp8_mqa_logits",
+    operands=LOGITS_OPERANDS,
+    results={"logits": "logits_dtype[s columns]"},
+    limits={"h": (1, 1)},
+    check=lambda params, operands: _check_head_dim("fp8_mqa_logits", operands[0]),
+    reference=reference.fp8_mqa_logits,
+    derivative="its operands are quantised. mqa_logits takes them in float and has one",
+    batched=True,
+    fold=("s",),
+    # Starts and ends count from the first key, and the ReLU is of a whole product.
+    whole=("t", "d"),
+    divide=_divide_heads,
+)
+
+fp8_paged_mqa_logits = Op(
+    "fp8_paged_mqa_logits",
+    operands={
+        "q": "float8_e4m3fn[b n h d]",
+        "fused_kv_cache": "uint8[blocks block_kv width]",
+        "weights": "float32[b n h]",
+        "context_lens": "int32[b n]",
+        "block_table": "int32[b m]",
+    },
+    results={"logits": "logits_dtype[b n columns]"},
+    limits={"n": (1, 1), "h": (1, 1), "blocks": (1, 1), "m": (1, 1)},
+    check=_check_paged,
+    reference=reference.fp8_paged_mqa_logits,
+    derivative="its operands are quantised, and it is for decoding. mqa_logits has one",
+    batched=True,
+    fold=("b",),
+    whole=("blocks", "block_kv", "width", "m", "d"),
+    divide=_divide_heads,
+)
+
+indexer_topk = Op(
+    "indexer_topk",
+    operands={"logits": "float32|bfloat16[s t]"},
+    results={"indices": "int32[s k]", "scores": "logits_dtype[s k]"},
+    reference=reference.indexer_topk,
+    derivative="indices have none. Stop the logits' gradient, and take scores that are to have one "
+    "from the logits by jnp.take_along_axis",
+    fold=("s",),
+)
+
+
+@reference.each_of_batch(q_dims=3)
+def _logits_and_topk(params, q, kv, kv_scale, weights, start, end):
+    """Of the other two ops, so that it has their kernels; a few queries' logits at a time."""
+    keys = kv.shape[0]
+    logits_params = LogitsParams(params.implementation, columns=keys)
+    rows = reference.CHUNK_BYTES // (4 * max(1, keys))
+
+    def topk(q, weights, start, end):
+        logits = fp8_mqa_logits(q, kv, kv_scale, weights, start, end, params=logits_params)
+        return indexer_topk(logits, params=params)
+
+    return list(reference.by_rows(topk, rows, (q, weights, start, end)))
+
+
+indexer_topk_of_inputs = Op(
+    "indexer_topk",
+    operands=LOGITS_OPERANDS,
+    results={"indices": "int32[s k]", "scores": "float32[s k]"},
+    limits={"h": (1, 1)},
+    check=lambda params, operands: _check_head_dim("indexer_topk", operands[0]),
+    reference=_logits_and_topk,
+    derivative="its operands are quantised and indices have none. mqa_logits has one for logits",
+    batched=True,
+    fold=("s",),
+)
