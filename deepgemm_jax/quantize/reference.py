@@ -1,0 +1,102 @@
+"""Quantisation in plain JAX: what runs where there is no kernel, and the tests' first oracle."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..scaled import BLOCK, round_up_to_power_of_two
+
+# The least normal float32. No scale is smaller, so that scale and reciprocal are exact in what
+# flushes denormals to zero and in what does not; denormal inputs are taken for zero everywhere.
+TINY = float(jnp.finfo(jnp.float32).tiny)
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def scale_of(amax: jax.Array, params: Any) -> jax.Array:
+    """The scale of a block whose largest magnitude is `amax`; NaN if that is not finite."""
+    # Not a quotient: XLA makes a product of it on some devices and not on others.
+    scale = jnp.maximum(amax * (1 / float(jnp.finfo(params.dtype).max)), TINY)
+    if params.round_up:
+        scale = round_up_to_power_of_two(scale)
+    return jnp.where(jnp.isfinite(amax), scale, jnp.nan)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return jnp.where(jnp.abs(x) < TINY, 0, x)
+
+
+def largest_magnitude(x: jax.Array, axis: Any, keepdims: bool = False) -> jax.Array:
+    """Infinity if there is one, NaN if there is one; 0 of nothing.
+
+    A maximum of integers, which order float32's magnitudes as they are: on a CPU XLA's maximum of
+    floats may lose a NaN.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    bits = jnp.max(bits, axis=axis, keepdims=keepdims, initial=0)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def narrow(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """x / scale in `dtype`: to the nearest, ties to even, saturating; NaN stays NaN."""
+    largest = float(jnp.finfo(dtype).max)
+    x = x * (1 / scale)
+    # Comparisons, which NaN fails: a minimum may lose it.
+    x = jnp.where(x > largest, largest, jnp.where(x < -largest, -largest, x))
+    return x.astype(dtype)
+
+
+def cast(params, x, *, block=(1, BLOCK)):
+    """`x`, [..., M, K], and the scale of each block, of which the last may be partial."""
+    x = widen(x)
+    (*batch, m, k), (rows, columns) = x.shape, block
+    padding = [(0, 0)] * len(batch) + [(0, -m % rows), (0, -k % columns)]
+    padded = jnp.pad(x, padding)
+    blocks = padded.reshape(*batch, -(-m // rows), rows, -(-k // columns), columns)
+    scale = scale_of(largest_magnitude(blocks, axis=(-3, -1)), params)
+    data = narrow(blocks, scale[..., :, None, :, None], params.dtype)
+    return [data.reshape(padded.shape)[..., :m, :k], scale]
+
+
+def cast_with_scale(params, x, scale):
+    return [narrow(widen(x), scale[..., None], params.dtype)]
+
+
+def quantize_transpose(params, x):
+    return [*cast(params, x), *cast(params, jnp.swapaxes(x, -1, -2))]
+
+
+def quantize_transpose_grouped(params, x, rows):
+    """`rows` says which row of x each column of the transposed has, M or more for none."""
+    if x.ndim > 2:
+        return jax.vmap(lambda x, rows: quantize_transpose_grouped(params, x, rows))(x, rows)
+    m = x.shape[0]
+    grouped = jnp.zeros(m, bool).at[rows].set(True, mode="drop")
+    gathered = jnp.take(x, rows, axis=0, mode="fill", fill_value=0)
+    return [*cast(params, jnp.where(grouped[:, None], x, 0)), *cast(params, gathered.T)]
+
+
+def swiglu_quantize(params, x, weights=None):
+    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    y = ACTIVATIONS[params.activation](gate) * up
+    if weights is not None:
+        y *= weights.astype(jnp.float32)[..., None]
+    return cast(params, y)
+
+
+def swiglu_quantize_backward(params, x, dy, weights=None):
+    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    dy = dy.astype(jnp.float32)
+    activated, derivative = jax.vjp(ACTIVATIONS[params.activation], gate)
+    d_weights = jnp.sum(dy * activated * up, axis=-1)
+    if weights is not None:
+        dy *= weights.astype(jnp.float32)[..., None]
+    (d_gate,) = derivative(dy * up)
+    return [*cast(params, jnp.concatenate([d_gate, dy * activated], axis=-1)), d_weights]
