@@ -113,8 +113,7 @@ def mqa_logits(
       kv: floating point [T, D].
       weights: floating point [S, H].
       cu_seq_len_k_start, cu_seq_len_k_end, clean_logits, max_seqlen_k, logits_dtype,
-        implementation: as of `fp8_mqa_logits`. The backward pass is plain JAX with any
-        `implementation`, and needs memory for a few arrays [S, T].
+        implementation: as of `fp8_mqa_logits`; "cuda" is said of the forward pass alone.
 
     Returns:
       Logits, [S, T] or [S, max_seqlen_k], of `logits_dtype`.
@@ -123,7 +122,8 @@ def mqa_logits(
       TypeError: q, kv or weights are not floating point.
       ValueError, NotImplementedError: as `fp8_mqa_logits`.
 
-    Reverse mode only: there is no `jax.jvp`.
+    Reverse mode only, and once: there is no `jax.jvp`. On a mesh the backward pass is divided as
+    the forward one; where S or H are, the gradient of kv is summed over the devices.
 
     Example:
 

@@ -1,13 +1,12 @@
 """Logits of the indexer in float, and their gradient."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from .._core.compat import vary_alike
 from . import op
-from .reference import relu
 
 E4M3_MAX = 448.0
 
@@ -32,38 +31,13 @@ def _forward(params, *operands):
     return mqa_logits(params, *operands), operands
 
 
-def _backward(params, residuals, gradient):
-    q, kv, weights, start, end = residuals
-    keys = jnp.arange(kv.shape[0])
-    columns = keys - jnp.maximum(start, 0)[:, None] if params.compressed else keys[None]
-    inside = (keys >= start[:, None]) & (keys < end[:, None]) & (columns < params.columns)
-    gradient = gradient.astype(jnp.float32)
-    if params.compressed:
-        gradient = jnp.take_along_axis(gradient, jnp.clip(columns, 0, params.columns - 1), 1)
-    gradient = jnp.where(inside, gradient, 0)
-    kv_float = kv.astype(jnp.float32)
-    precise = functools.partial(jnp.einsum, precision="highest")
-
-    def head(kv_gradient, one):
-        """One head at a time, so that memory is needed for a few times the logits."""
-        q, weights = (x.astype(jnp.float32) for x in one)
-        scores = precise("sd,td->st", q, kv_float)
-        weights_gradient = (gradient * relu(scores)).sum(1)
-        through = jnp.where(scores > 0, gradient * weights[:, None], 0)
-        kv_gradient += precise("st,sd->td", through, q)
-        return kv_gradient, (precise("st,td->sd", through, kv_float), weights_gradient)
-
-    start_value, _ = vary_alike([jnp.zeros(kv.shape, jnp.float32), gradient])
-    kv_gradient, (q_gradient, weights_gradient) = jax.lax.scan(
-        head, start_value, (jnp.moveaxis(q, 1, 0), weights.T)
-    )
-    return (
-        jnp.moveaxis(q_gradient, 0, 1).astype(q.dtype),
-        kv_gradient.astype(kv.dtype),
-        weights_gradient.T.astype(weights.dtype),
-        None,
-        None,
-    )
+def _backward(params, operands, gradient):
+    q, kv, weights, *_ = operands
+    if params.implementation == "cuda":  # which is said of the forward pass
+        params = dataclasses.replace(params, implementation=None)
+    dq, dweights = op.mqa_logits_backward_q(*operands, gradient, params=params)
+    dkv = op.mqa_logits_backward_kv(*operands, gradient, params=params)
+    return dq.astype(q.dtype), dkv.astype(kv.dtype), dweights.astype(weights.dtype), None, None
 
 
 mqa_logits.defvjp(_forward, _backward)

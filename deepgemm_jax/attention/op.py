@@ -76,6 +76,39 @@ fp8_mqa_logits = Op(
     divide=_divide_heads,
 )
 
+BACKWARD_OPERANDS = {
+    "q": "float32|bfloat16|float16[s h d]",
+    "kv": "float32|bfloat16|float16[t d]",
+    "weights": "float32|bfloat16|float16[s h]",
+    "cu_seq_len_k_start": "int32[s]",
+    "cu_seq_len_k_end": "int32[s]",
+    "gradient": "logits_dtype[s columns]",
+}
+
+# Two ops, since devices that share out the queries share the gradient of q, but have parts of a sum
+# for that of kv.
+mqa_logits_backward_q = Op(
+    "mqa_logits_backward_q",
+    operands=BACKWARD_OPERANDS,
+    results={"q": "float32[s h d]", "weights": "float32[s h]"},
+    reference=reference.mqa_logits_backward_q,
+    derivative="mqa_logits can be differentiated once",
+    batched=True,
+    fold=("s",),
+    whole=("t", "d", "columns"),
+)
+
+mqa_logits_backward_kv = Op(
+    "mqa_logits_backward_kv",
+    operands=BACKWARD_OPERANDS,
+    results={"kv": "float32[t d]"},
+    reference=reference.mqa_logits_backward_kv,
+    derivative="mqa_logits can be differentiated once",
+    batched=True,
+    whole=("t", "d", "columns"),
+    divide=lambda total, params, *operands: total(params, *operands),
+)
+
 fp8_paged_mqa_logits = Op(
     "fp8_paged_mqa_logits",
     operands={

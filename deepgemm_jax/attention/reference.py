@@ -1,5 +1,6 @@
 """The indexer in plain JAX: what runs where there is no kernel, and the tests' first oracle."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,20 +29,29 @@ def each_of_batch(q_dims: int) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def _chunks(rows: int, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Cuts the first dim, filled up to whole chunks: [n ...] -> [chunks rows ...]."""
+
+    def cut(x):
+        # Rows of zeros have no keys: they start and end at the first.
+        x = jnp.pad(x, [(0, -x.shape[0] % rows), *[(0, 0)] * (x.ndim - 1)])
+        return x.reshape(-1, rows, *x.shape[1:])
+
+    return [cut(x) for x in arrays]
+
+
 def by_rows(function: Callable, rows: int, arrays: Sequence[jax.Array]) -> Any:
     """A function of arrays' rows, which needs memory for each of them, so many rows at a time."""
     count = arrays[0].shape[0]
-    rows = max(1, rows)
     if count <= rows:
         return function(*arrays)
-
-    def chunks(x):
-        # Rows of zeros have no keys: they start and end at the first.
-        x = jnp.pad(x, [(0, -count % rows), *[(0, 0)] * (x.ndim - 1)])
-        return x.reshape(-1, rows, *x.shape[1:])
-
-    results = jax.lax.map(lambda chunk: function(*chunk), [chunks(x) for x in arrays])
+    chunks = _chunks(max(1, rows), arrays)
+    results = jax.lax.map(lambda chunk: function(*chunk), chunks)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], results)
+
+
+def _rows_at_once(q, kv) -> int:
+    return CHUNK_BYTES // (4 * q.shape[1] * max(1, kv.shape[0]))
 
 
 def relu(x):
@@ -80,8 +90,53 @@ def fp8_mqa_logits(params, q, kv, kv_scale, weights, start, end):
             logits = jnp.where(inside, logits, -jnp.inf)
         return logits.astype(params.logits_dtype)
 
-    size = 4 * q.shape[1] * max(1, count)
-    return [by_rows(rows, CHUNK_BYTES // size, (q, weights, start, end))]
+    return [by_rows(rows, _rows_at_once(q, kv), (q, weights, start, end))]
+
+
+_precise = functools.partial(jnp.einsum, precision="highest")
+
+
+def _backward(params, kv, q, weights, start, end, gradient):
+    """Of a few queries: what flows back to the products of q and kv, [n h t], to the weights,
+    [n h], and q itself, all in float32."""
+    q, weights, gradient = (x.astype(jnp.float32) for x in (q, weights, gradient))
+    keys = jnp.arange(kv.shape[0])[None]
+    columns = keys
+    if params.compressed:
+        columns = keys - jnp.clip(start, 0, kv.shape[0])[:, None]
+        gradient = jnp.take_along_axis(gradient, jnp.clip(columns, 0, params.columns - 1), 1)
+    seen = (keys >= start[:, None]) & (keys < end[:, None]) & (columns < params.columns)
+    gradient = jnp.where(seen, gradient, 0)[:, None]
+    scores = _precise("nhd,td->nht", q, kv)
+    through = jnp.where(scores > 0, gradient * weights[..., None], 0)
+    return through, (gradient * relu(scores)).sum(2), q
+
+
+@each_of_batch(q_dims=3)
+def mqa_logits_backward_q(params, q, kv, weights, start, end, gradient):
+    """The gradients of q and weights, whose rows are the queries."""
+    kv = kv.astype(jnp.float32)
+
+    def rows(*operands):
+        through, weights_gradient, _ = _backward(params, kv, *operands)
+        return _precise("nht,td->nhd", through, kv), weights_gradient
+
+    return list(by_rows(rows, _rows_at_once(q, kv), (q, weights, start, end, gradient)))
+
+
+@each_of_batch(q_dims=3)
+def mqa_logits_backward_kv(params, q, kv, weights, start, end, gradient):
+    """The gradient of kv, summed over the queries."""
+    kv = kv.astype(jnp.float32)
+
+    def add(total, operands):
+        through, _, q = _backward(params, kv, *operands)
+        return total + _precise("nht,nhd->td", through, q), None
+
+    rows = min(max(1, _rows_at_once(q, kv)), max(1, q.shape[0]))
+    # Varies over a mesh as the sum does.
+    zero, _ = vary_alike([jnp.zeros(kv.shape), q])
+    return [jax.lax.scan(add, zero, _chunks(rows, (q, weights, start, end, gradient)))[0]]
 
 
 @each_of_batch(q_dims=4)
