@@ -8,9 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-import deepgemm_jax
-
-from .quantize import quantize_blocks, quantize_rows
+from deepgemm_jax import fp8_gemm_nt, per_token_cast_to_fp8, prepare_weight, swiglu_quantize
 
 # Tokens, hidden and intermediate size: as in DeepSeek-V3's experts, and small enough for a laptop.
 GPU_SIZES = 4096, 7168, 2048
@@ -27,9 +25,9 @@ def swiglu(gate_up: jax.Array) -> jax.Array:
 
 @jax.jit
 def mlp(x, gate_up, down):
-    """Both weights are ``(data, scale)``; the activations are quantised on the way."""
-    hidden = deepgemm_jax.fp8_gemm_nt(quantize_rows(x), gate_up)
-    return deepgemm_jax.fp8_gemm_nt(quantize_rows(swiglu(hidden)), down)
+    """The weights are quantised; the activations are on the way."""
+    hidden = fp8_gemm_nt(per_token_cast_to_fp8(x), gate_up)
+    return fp8_gemm_nt(swiglu_quantize(hidden), down)
 
 
 @jax.jit
@@ -58,7 +56,7 @@ def run() -> int:
     gate_up = jax.random.normal(keys[1], (2 * intermediate, hidden)) / hidden**0.5
     down = jax.random.normal(keys[2], (hidden, intermediate)) / intermediate**0.5
 
-    fp8 = x.astype(jnp.bfloat16), *jax.jit(lambda *w: [*map(quantize_blocks, w)])(gate_up, down)
+    fp8 = x.astype(jnp.bfloat16), prepare_weight(gate_up), prepare_weight(down)
     bf16 = [array.astype(jnp.bfloat16) for array in (x, gate_up, down)]
     error = difference(mlp(*fp8), plain_mlp(x, gate_up, down))
 
