@@ -49,3 +49,117 @@ def test_is_a_pytree():
 
 def test_examples_of_the_docstrings():
     assert doctest.testmod(scaled).failed == 0
+
+
+@pytest.mark.parametrize(
+    "index", [0, -1, slice(1, 3), (1, 0), (slice(None), 1), (..., slice(None))]
+)
+def test_slices_of_leading_dims(index):
+    rng = np.random.default_rng(0)
+    for block_rows in (1, 128):
+        x = random_matrix(rng, 200, 300, block_rows, batch=(4, 2))
+        x = jax.tree.map(jnp.asarray, x)
+        part = x[index]
+        assert part.recipe == x.recipe[-part.ndim :]
+        np.testing.assert_array_equal(part.dequantize(), x.dequantize()[index])
+
+
+@pytest.mark.parametrize(
+    "index", [5, slice(3, 140), np.array([7, 7, 1]), (slice(None, None, 2), ...)]
+)
+def test_slices_of_rows_with_scales_of_their_own(index):
+    x = random_matrix(np.random.default_rng(0), 200, 300, 1)
+    x = jax.tree.map(jnp.asarray, x)
+    np.testing.assert_array_equal(x[index].dequantize(), x.dequantize()[index])
+    chosen = jax.jit(lambda x, i: x[i].dequantize())(x, 3)
+    np.testing.assert_array_equal(chosen, x.dequantize()[3])
+
+
+def test_slices_under_one_scale():
+    data = jnp.arange(60.0).reshape(3, 4, 5).astype(jnp.float8_e4m3fn)
+    x = ScaledArray(data, jnp.full((1, 4, 1), 0.5))
+    for index in [1, slice(0, 2), (slice(1, 2), 3), (2, 1, 4), np.array([2, 0]), (..., 2)]:
+        np.testing.assert_array_equal(x[index].dequantize(), x.dequantize()[index])
+
+
+def test_slices_that_would_part_a_block():
+    x = random_matrix(np.random.default_rng(0), 200, 300, 128)
+    for index in [3, slice(0, 128), (slice(None), 5)]:
+        with pytest.raises(IndexError, match="scale for every 128 of (200|300) along axis [01]"):
+            x[index]
+    packed = ScaledArray(jnp.zeros((2, 100), jnp.float8_e4m3fn), jnp.zeros((2, 1), jnp.int32))
+    with pytest.raises(IndexError, match="scale for every 128 of 100"):
+        packed[0, 3]
+    assert packed[0].shape == (100,)
+    for index in [(0, 0, 0), (..., 0, ...), (np.array([0]), np.array([0]))]:
+        with pytest.raises(IndexError, match="index is"):
+            x[index]
+
+
+@pytest.mark.parametrize("columns", [1, 128, 129, 512, 513, 2000])
+def test_packed_scales(columns):
+    exponents = np.random.default_rng(0).integers(-60, 60, (3, -(-columns // 128)))
+    scale = np.ldexp(np.float32(1), exponents)
+    data = np.random.default_rng(1).normal(size=(3, columns)).astype(jnp.float8_e4m3fn)
+    packed = scaled.pack_ue8m0(scale)
+    assert packed.shape == (3, -(-columns // 512))
+    x = ScaledArray(data, packed)
+    assert x.recipe == (1, 128)
+    wanted = data.astype(np.float32) * np.repeat(scale, 128, 1)[:, :columns]
+    np.testing.assert_array_equal(jax.jit(lambda x: x.dequantize())(x), wanted)
+    with pytest.raises(ValueError, match="an int32 for every four blocks"):
+        ScaledArray(data, np.zeros((3, columns // 512 + 2), np.int32)).dequantize()
+
+
+def test_every_exponent_is_unpacked():
+    packed = np.arange(256, dtype=np.uint8).view("<i4")
+    scale = np.asarray(scaled.unpack_ue8m0(packed))
+    np.testing.assert_array_equal(scale[1:255], np.ldexp(np.float32(1), np.arange(-126, 128)))
+    assert scale.view(np.int32)[0] == 1 << 22  # 2⁻¹²⁷, which a CPU's arithmetic takes for zero
+    assert np.isnan(scale[255])
+
+
+def test_a_leaf_of_parameters_in_tree_maps():
+    rng = np.random.default_rng(0)
+    params = {"w": random_matrix(rng, 130, 256, 128), "b": np.ones(3, np.float32)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    assert isinstance(zeros["w"], ScaledArray)
+    assert (zeros["w"].dequantize() == 0).all()
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    assert names == ["['b']", "['w'].data", "['w'].scale"]
+
+    def is_scaled(x):
+        return isinstance(x, ScaledArray)
+
+    wide = jax.tree.map(lambda x: x.dequantize() if is_scaled(x) else x, params, is_leaf=is_scaled)
+    step = jax.tree.map(lambda p, g: p - 0.1 * g, wide, jax.tree.map(jnp.ones_like, wide))
+    np.testing.assert_allclose(step["w"], params["w"].dequantize() - 0.1, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpoint_round_trip(tmp_path, packed):
+    """By what checkpoints are made of: the leaves, under their paths."""
+    w = random_matrix(np.random.default_rng(0), 130, 700, 128, batch=(2,))
+    if packed:
+        w = ScaledArray(w.data, scaled.pack_ue8m0(np.exp2(np.round(w.scale))))
+    state = {"layer": [jax.tree.map(jnp.asarray, w)], "step": jnp.int32(7)}
+    leaves, structure = jax.tree.flatten(state)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
+    # NumPy's format has no float8.
+    np.savez(
+        tmp_path / "state.npz",
+        **{
+            name: np.asarray(leaf).view(np.uint8) if leaf.dtype.itemsize == 1 else leaf
+            for name, leaf in zip(names, leaves, strict=True)
+        },
+    )
+    stored = np.load(tmp_path / "state.npz")
+    restored = jax.tree.unflatten(
+        structure,
+        [stored[name].view(leaf.dtype) for name, leaf in zip(names, leaves, strict=True)],
+    )
+    assert isinstance(restored["layer"][0], ScaledArray)
+    assert restored["layer"][0].recipe == w.recipe
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    abstract = jax.eval_shape(lambda state: state, state)
+    assert repr(abstract["layer"][0]) == repr(w)
