@@ -1,0 +1,183 @@
+"""Grouped GEMMs on a mesh of eight CPU devices."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grouped.cases import Form, forms, ids, masked, pick, random_array, spans
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracles import assert_close
+
+from deepgemm_jax import ragged_dot
+
+M, N, K, G = 64, 512, 256, 4
+SIZES = np.array([20, 0, 33, 5], np.int32)
+RAGGED = Form("m_grouped_bf16_gemm_nn_contiguous")
+
+
+def put(x, *spec):
+    sharding = NamedSharding(jax.sharding.get_mesh(), P(*spec))
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), x)
+
+
+def collectives(compiled) -> set[str]:
+    pattern = r"\b(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)\b"
+    return set(re.findall(pattern, compiled.as_text()))
+
+
+def compiled(function, *operands):
+    made = jax.jit(function).lower(*operands).compile()
+    return made(*operands), collectives(made)
+
+
+@forms("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_bf16_gemm_nn_contiguous")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("a_spec", "b_spec", "d_spec", "needed"),
+    [
+        (("x",), (None, "y"), ("x", "y"), set()),
+        ((None, "x"), (None, None, "x"), (), {"all-reduce"}),
+    ],
+    ids=["rows", "sums"],
+)
+def test_rows_columns_and_sums_are_divided(mesh, form, kind, a_spec, b_spec, d_spec, needed):
+    a, b = form.problem(0, M, N, K, G)
+    if "_nn_" in form.name:
+        b_spec = (None, *reversed((*b_spec[1:], *[None] * (3 - len(b_spec)))))
+    gemm = functools.partial(form.function, preferred_element_type=jnp.float32)
+    with mesh(kind):
+        d, found = compiled(
+            lambda a, b, sizes: gemm(a, b, group_sizes=sizes),
+            put(a, *a_spec),
+            put(b, *b_spec),
+            SIZES,
+        )
+        assert found == needed
+        assert d.sharding.is_equivalent_to(NamedSharding(jax.sharding.get_mesh(), P(*d_spec)), 2)
+    assert_close(d, form.expected(a, b, ids(SIZES, M)))
+
+
+@masked
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_masked_groups_are_divided(mesh, form, kind):
+    a, b = form.masked_problem(1, 32, N, K, G)
+    counts = np.array([5, 0, 20, 32], np.int32)
+    with mesh(kind):
+        d, found = compiled(form.function, put(a, "x"), put(b, "x", "y"), put(counts, "x"))
+        assert found == set()
+    d = np.asarray(d)
+    for g in range(G):
+        rows = np.s_[g, : counts[g]]
+        assert_close(d[rows], form.dense(pick(a, rows), pick(b, g)))
+
+
+@forms("k_grouped_fp8_gemm_tn_contiguous", "k_grouped_bf16_gemm_nt_contiguous")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_k_grouped_columns_are_divided(mesh, form, kind):
+    a, b = form.sum_problem(2, 64, 128, 70)
+    specs = [(None, "x"), (None, "y")] if "_tn_" in form.name else [("x",), ("y",)]
+    c = random_array(np.random.default_rng(2), G, 64, 128, dtype=np.float32)
+    with mesh(kind):
+        d, found = compiled(
+            lambda a, b, c, sizes: form.function(a, b, c, group_sizes=sizes),
+            put(a, *specs[0]),
+            put(b, *specs[1]),
+            put(c, None, "x", "y"),
+            SIZES,
+        )
+        assert found == set()
+        assert d.sharding.is_equivalent_to(c_sharding(), 3)
+    assert_close(d, form.expected_sums(a, b, spans(SIZES, 70), c))
+
+
+def c_sharding():
+    return NamedSharding(jax.sharding.get_mesh(), P(None, "x", "y"))
+
+
+@forms("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_bf16_gemm_nn_contiguous")
+def test_types_follow_what_varies(mesh, form):
+    a, b = form.problem(3, M, 32, 128, G)
+    rows = ids(SIZES, M)
+
+    def gemm(a, b, rows):
+        return form.function(a, b, m_indices=rows)
+
+    def sharded(in_specs, out_specs):
+        return jax.jit(jax.shard_map(gemm, in_specs=in_specs, out_specs=out_specs, check_vma=True))
+
+    with mesh(AxisType.Auto):
+        d = sharded((P("x"), P(), P("x")), P("x"))(a, b, rows)
+        assert_close(d, form.expected(a, b, rows))
+        with pytest.raises(ValueError, match="out_specs"):
+            sharded((P("x"), P(), P("x")), P())(a, b, rows)
+
+
+def expert_parallel(lhs, rhs, sizes):
+    """Each device has all rows and a part of the experts."""
+    first = jax.lax.axis_index("y") * rhs.shape[0]
+    return jax.lax.psum(ragged_dot(lhs, rhs, sizes, group_offset=first), "y")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_experts_are_divided(mesh, kind):
+    rng = np.random.default_rng(4)
+    lhs = random_array(rng, 2 * M, 33, dtype=np.float32)
+    rhs = random_array(rng, 8, 33, 20, dtype=np.float32)
+    sizes = np.array([9, 0, 20, 1, 0, 14, 3, 5], np.int32)
+    cotangent = random_array(rng, 2 * M, 20, dtype=np.float32)
+    with mesh(kind):
+        sharded = jax.shard_map(
+            expert_parallel, in_specs=(P("x"), P("y"), P()), out_specs=P("x"), check_vma=True
+        )
+        operands = put(lhs, "x"), put(rhs, "y")
+
+        @jax.jit
+        def both(lhs, rhs, cotangent):
+            d, pullback = jax.vjp(lambda lhs, rhs: sharded(lhs, rhs, sizes), lhs, rhs)
+            return d, *pullback(cotangent)
+
+        d, d_lhs, d_rhs = map(np.asarray, both(*operands, put(cotangent, "x")))
+    for half in (slice(0, M), slice(M, None)):
+        rows = ids(sizes, M)
+        assert_close(d[half], RAGGED.expected(lhs[half], rhs, rows))
+        assert_close(d_lhs[half], RAGGED.expected(cotangent[half], rhs.swapaxes(1, 2), rows))
+    weights = Form("k_grouped_bf16_gemm_tn_contiguous")
+    parts = [
+        weights.expected_sums(lhs[half], cotangent[half], spans(sizes, M)).value
+        for half in (slice(0, M), slice(M, None))
+    ]
+    np.testing.assert_allclose(d_rhs, sum(parts), rtol=1e-4, atol=1e-4)
+
+
+def test_scaled_experts_are_divided(mesh):
+    form = Form("m_grouped_fp8_gemm_nn_contiguous")
+    lhs, rhs = form.problem(5, M, 32, 128, 8)
+    sizes = np.array([9, 0, 20, 1, 0, 14, 3, 5], np.int32)
+    with mesh(AxisType.Auto):
+        sharded = jax.shard_map(
+            expert_parallel, in_specs=(P(), P("y"), P()), out_specs=P(), check_vma=True
+        )
+        d = jax.jit(sharded)(lhs, rhs, sizes)
+    assert_close(d, form.expected(lhs, rhs, ids(sizes, M)))
+
+
+def test_weight_gradient_inside_shard_map(mesh):
+    """Groups that are one device's alone, of K that is its own too."""
+    form = Form("k_grouped_bf16_gemm_tn_contiguous")
+    a, b = form.sum_problem(6, 32, 48, 140)
+    sizes = np.array([30, 0, 20, 7], np.int32)
+    with mesh(AxisType.Auto):
+        sharded = jax.shard_map(
+            lambda a, b, sizes: form.function(a, b, group_sizes=sizes),
+            in_specs=(P("x"), P("x"), P("x")),
+            out_specs=P("x"),
+            check_vma=True,
+        )
+        d = jax.jit(sharded)(a, b, sizes)
+    for half in range(2):
+        rows, groups = slice(70 * half, 70 * half + 70), slice(2 * half, 2 * half + 2)
+        assert_close(d[groups], form.expected_sums(a[rows], b[rows], spans(sizes[groups], 70)))
