@@ -45,17 +45,16 @@ def specs(queries, heads=None):
 
 @pytest.mark.parametrize("kinds", KINDS, ids=str)
 @pytest.mark.parametrize(
-    ("queries", "heads", "needed"),
+    ("queries", "heads", "width", "needed"),
     [
-        ("x", None, set()),
-        (("x", "y"), None, set()),
-        (None, "y", {"all-reduce"}),
-        ("x", "y", {"all-reduce"}),
-        (None, None, set()),
+        (("x", "y"), None, None, set()),
+        ("x", None, 7, set()),
+        (None, "y", None, {"all-reduce"}),
+        ("x", "y", 7, {"all-reduce"}),
+        (None, None, None, set()),
     ],
 )
-@pytest.mark.parametrize("width", [None, 7])
-def test_logits(mesh, kinds, queries, heads, needed, width):
+def test_logits(mesh, kinds, queries, heads, width, needed):
     problem = random_problem(0, 16, 33)
     with mesh(*kinds):
         operands = put(problem.arguments, specs(queries, heads))

@@ -20,10 +20,11 @@ from deepgemm_jax.attention import reference
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 
+jitted = jax.jit(fp8_mqa_logits, static_argnames=("clean_logits", "max_seqlen_k", "logits_dtype"))
+
+
 def check(platform, problem, **keywords):
-    found = jax.jit(functools.partial(fp8_mqa_logits, **keywords))(
-        *put(problem.arguments, platform)
-    )
+    found = jitted(*put(problem.arguments, platform), **keywords)
     assert found.dtype == keywords.get("logits_dtype", jnp.float32)
     oracle = logits(problem, keywords.get("max_seqlen_k"))
     assert_close(found, oracle, platform)
@@ -31,7 +32,7 @@ def check(platform, problem, **keywords):
 
 
 @on_each_platform
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     seed=st.integers(0, 2**32 - 1),
     s=st.integers(0, 40),
@@ -79,8 +80,9 @@ def test_starts_and_ends(platform, start, end, width):
 @on_each_platform
 @pytest.mark.parametrize("width", [None, 40])
 def test_a_few_queries_at_a_time(platform, monkeypatch, width):
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 4 * 8 * 100 * 3)
-    check(platform, random_problem(1, 20, 100), max_seqlen_k=width)
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 4 * 8 * 101 * 3)
+    # Of a shape that no other test has: what is compiled has its chunks already.
+    check(platform, random_problem(1, 20, 101), max_seqlen_k=width)
 
 
 @on_each_platform
@@ -106,7 +108,7 @@ def test_logits_that_are_not_clean(platform):
     problem = random_problem(3, 30, 70)
     oracle = logits(problem)
     q, kv, weights, start, end = put(problem.arguments, platform)
-    raw = jax.jit(functools.partial(fp8_mqa_logits, clean_logits=False))(q, kv, weights, start, end)
+    raw = jitted(q, kv, weights, start, end, clean_logits=False)
     assert_close(jax.jit(clean_logits)(raw, start, end), oracle, platform)
     seen = np.isfinite(oracle.value)
     np.testing.assert_array_equal(

@@ -51,7 +51,7 @@ def call(arguments, platform="cpu", **keywords):
 
 
 @on_each_platform
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(
     seed=st.integers(0, 2**31),
     lengths=st.lists(st.integers(0, 200), min_size=1, max_size=5),

@@ -30,7 +30,7 @@ def check(found, logits, k):
 
 
 @on_each_platform
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     seed=st.integers(0, 2**31),
     s=st.integers(0, 9),
@@ -82,10 +82,9 @@ def test_vmap(platform, axes):
         np.testing.assert_array_equal(x, best(one, 8)[0])
 
 
-@pytest.mark.parametrize("t", [131072, 65536])
-def test_memory(t):
+def test_memory():
     """At most 1 GiB beside inputs and outputs, where logits alone would take 2."""
-    s, h, d = 4096, 64, 128
+    s, t, h, d = 4096, 131072, 64, 128
     arguments = (
         jax.ShapeDtypeStruct((s, h, d), FLOAT8),
         (jax.ShapeDtypeStruct((t, d), FLOAT8), jax.ShapeDtypeStruct((t,), jnp.float32)),
