@@ -49,7 +49,7 @@ def test_alignment_of_groups():
     assert get_mk_alignment_for_contiguous_layout() == 128
 
 
-@pytest.mark.parametrize("shape", [(130, 7), (3, 130, 7), (1, 1), (0, 4), (128, 56)])
+@pytest.mark.parametrize("shape", [(130, 7), (3, 130, 7), (1, 1), (0, 4)])
 def test_values_stay(shape):
     sf = scales(*shape)
     for function in (get_mn_major_tma_aligned_tensor, jax.jit(get_mn_major_tma_aligned_tensor)):

@@ -31,7 +31,13 @@ BLOCKS = {
     per_row_cast_to_fp8: (1, None),
     per_tensor_cast_to_fp8: (None, None),
 }
+FORMS = [(FP8[0], "float32"), (FP8[1], "ue8m0")]
 each_cast = pytest.mark.parametrize("function", BLOCKS, ids=lambda function: function.__name__)
+
+
+@functools.cache
+def jitted(function, dtype, scale_format):
+    return jax.jit(functools.partial(function, dtype=dtype, scale_format=scale_format))
 
 
 def block_of(function, x):
@@ -39,19 +45,19 @@ def block_of(function, x):
 
 
 @each_cast
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     seed=st.integers(0, 2**32 - 1),
     # Few shapes, for each is compiled.
-    shape=st.sampled_from([(1, 1), (130, 300), (256, 128)]),
+    shape=st.sampled_from([(1, 1), (130, 300)]),
     x_dtype=st.sampled_from([jnp.bfloat16, jnp.float32, jnp.float16]),
-    dtype=st.sampled_from(FP8),
-    scale_format=st.sampled_from(["float32", "ue8m0"]),
+    form=st.sampled_from(FORMS),
 )
-def test_bits(function, seed, shape, x_dtype, dtype, scale_format):
+def test_bits(function, seed, shape, x_dtype, form):
+    dtype, scale_format = form
     with np.errstate(over="ignore"):
         x = random_input(seed, shape, x_dtype)
-    result = jax.jit(functools.partial(function, dtype=dtype, scale_format=scale_format))(x)
+    result = jitted(function, dtype, scale_format)(x)
     block = block_of(function, x)
     assert_same(result, *cast(x, block, dtype, scale_format == "ue8m0"))
     if np.isfinite(x.astype(np.float32)).all():
@@ -64,9 +70,8 @@ def test_bits(function, seed, shape, x_dtype, dtype, scale_format):
 
 
 @each_cast
-@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
-def test_no_rows(function, scale_format):
-    result = function(np.zeros((0, 130), np.float32), scale_format=scale_format)
+def test_no_rows(function):
+    result = function(np.zeros((0, 130), np.float32))
     assert result.data.shape == (0, 130)
     rows = 1 if function is per_tensor_cast_to_fp8 else 0
     assert result.scale.shape[0] == rows
@@ -141,7 +146,7 @@ def test_ue8m0_is_rounded_up_at_every_exponent(dtype):
     np.testing.assert_array_equal(scale[2], scale[0])
 
 
-@pytest.mark.parametrize("shape", [(3, 128), (130, 513), (1, 1), (5, 2048), (0, 100)])
+@pytest.mark.parametrize("shape", [(130, 513), (1, 1), (0, 100)])
 @pytest.mark.parametrize("function", [per_token_cast_to_fp8, per_block_cast_to_fp8])
 def test_packed_scales_are_the_exponents(function, shape):
     x = random_input(0, shape, jnp.float32)
@@ -162,8 +167,7 @@ def test_packed_scales_are_the_exponents(function, shape):
 
 
 @each_cast
-@pytest.mark.parametrize("dtype", FP8)
-@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+@pytest.mark.parametrize(("dtype", "scale_format"), FORMS)
 def test_zeros_denormals_infinity_and_nan(function, dtype, scale_format):
     x = random_input(1, (260, 390))
     x[:128, :128] = 0
@@ -171,7 +175,7 @@ def test_zeros_denormals_infinity_and_nan(function, dtype, scale_format):
     x[:128, 256:384] = np.ldexp(1.0, -130)
     for at, value in {(130, 5): np.nan, (200, 200): np.inf, (259, 389): -np.inf}.items():
         x[at] = value
-    result = jax.jit(functools.partial(function, dtype=dtype, scale_format=scale_format))(x)
+    result = jitted(function, dtype, scale_format)(x)
     block = block_of(function, x)
     assert_same(result, *cast(x, block, dtype, scale_format == "ue8m0"))
     value = np.asarray(result.dequantize())

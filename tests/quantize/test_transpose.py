@@ -15,9 +15,8 @@ M, K = 300, 130
 quantize_groups = jax.jit(quantize_transpose)
 
 
-@pytest.mark.parametrize("shape", [(300, 130), (1, 1), (128, 256), (0, 64)])
-@pytest.mark.parametrize("dtype", FP8)
-@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+@pytest.mark.parametrize("shape", [(300, 130), (1, 1), (0, 64)])
+@pytest.mark.parametrize(("dtype", "scale_format"), [(FP8[0], "float32"), (FP8[1], "ue8m0")])
 def test_both_forms(shape, dtype, scale_format):
     x = random_input(0, shape)
     plain, transposed = quantize_transpose(x, dtype=dtype, scale_format=scale_format)
