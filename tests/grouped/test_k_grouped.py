@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grouped.cases import SIZES, k_grouped, pick, random_array, spans
+from grouped.cases import SIZES, forms, k_grouped, pick, random_array, spans
 from oracles import assert_close, on_each_platform, put
 
 M, N, K, G = 32, 48, 70, 4
@@ -51,7 +51,7 @@ def test_every_set_of_empty_groups(platform, form):
 
 @on_each_platform
 @k_grouped
-@pytest.mark.parametrize("k", [0, 1, 400])
+@pytest.mark.parametrize("k", [0, 400])
 def test_lengths_of_k(platform, form, k):
     a, b = form.sum_problem(2, M, N, k)
     sizes = np.array([k // 3, 0, k // 2, 2], np.int32)
@@ -100,7 +100,7 @@ def test_sizes_are_data(form):
     assert len(traces) == 1
 
 
-@k_grouped
+@forms("k_grouped_fp8_gemm_tn_contiguous", "k_grouped_bf16_gemm_nt_contiguous")
 @pytest.mark.parametrize("axes", [(0, 0, 0, 0), (0, None, None, None), (None, 0, 0, None)])
 def test_vmap(form, axes):
     a, b = form.sum_problem(6, M, N, K, (2,))

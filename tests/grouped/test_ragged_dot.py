@@ -69,10 +69,8 @@ def test_arguments_are_those_of_jax():
     [
         (jnp.bfloat16, None, None),
         (jnp.bfloat16, jnp.float32, "highest"),
-        (jnp.float16, None, None),
         (jnp.float16, jnp.float32, None),
         (jnp.float32, None, jax.lax.Precision.HIGH),
-        (jnp.float32, jnp.bfloat16, None),
     ],
 )
 def test_agrees_with_jax(dtype, preferred, precision):
@@ -101,13 +99,6 @@ def test_shard_of_the_experts(offset, count):
     for sizes in SIZES[0], SIZES[6]:
         d = jitted(lhs, rhs[:count], np.array(sizes, np.int32), group_offset=np.array([offset]))
         assert_close(d, FORM.expected(lhs, rhs[:count], ids(sizes, M, offset, count)))
-
-
-def test_shards_sum_to_the_whole():
-    lhs, rhs = problem(5, jnp.float32)
-    sizes = np.array(SIZES[0], np.int32)
-    parts = [ragged_dot(lhs, rhs[i : i + 2], sizes, group_offset=i) for i in (0, 2)]
-    assert_alike(sum(parts), ragged_dot(lhs, rhs, sizes))
 
 
 # With the shapes of lhs, rhs and group_sizes.
@@ -179,9 +170,7 @@ def test_batch_elements_of_no_group_are_zero():
     np.testing.assert_array_equal(d[3:9], whole[3:9])
 
 
-@pytest.mark.parametrize(
-    "mode", ["basic", "transposed", "batch", "all", "sums", "sums_outer", "ragged_batch"]
-)
+@pytest.mark.parametrize("mode", ["basic", "transposed", "all", "sums_outer", "ragged_batch"])
 def test_gradients(mode):
     """A product is linear in each operand, so its slope in a direction is itself, of it."""
     numbers, lhs_shape, rhs_shape, sizes_shape = MODES[mode]
