@@ -61,8 +61,8 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("kinds", KINDS, ids=str)
-@pytest.mark.parametrize("add", [False, True])
+# With C on meshes of one type, on which the other tests go without it.
+@pytest.mark.parametrize(("kinds", "add"), [*zip(KINDS, (True, True, False), strict=True)], ids=str)
 @pytest.mark.parametrize(
     ("a_spec", "b_spec", "d_spec", "piece", "needed"),
     [
