@@ -39,6 +39,8 @@ class Kernel:
     column_major: tuple[str, ...] = ()
     # operand -> the result that may take its memory
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # operands' types -> memory that the kernel needs besides, as results that nobody sees
+    scratch: Callable[[Sequence[Any]], Sequence[jax.core.ShapedArray]] = lambda operands: ()
 
 
 class Op:
@@ -198,7 +200,7 @@ class Op:
     def _lower_kernel(self, ctx, operands, params):
         assert self.kernel is not None
         arrays = self.signature.operands[: len(operands)]
-        results = [array.name for array in self.signature.results]
+        names = [array.name for array in self.signature.results]
         call = jax.ffi.ffi_lowering(
             self.kernel.target,
             operand_layouts=[
@@ -206,12 +208,18 @@ class Op:
                 for array, aval in zip(arrays, ctx.avals_in, strict=True)
             ],
             operand_output_aliases={
-                number: results.index(self.kernel.aliases[array.name])
+                number: names.index(self.kernel.aliases[array.name])
                 for number, array in enumerate(arrays)
                 if array.name in self.kernel.aliases
             },
         )
-        return call(ctx, *operands, **self.kernel.attributes(params, ctx.avals_in, cuda_device()))
+        scratch = self.kernel.scratch(ctx.avals_in)
+        results = call(
+            ctx.replace(avals_out=[*ctx.avals_out, *scratch]),
+            *operands,
+            **self.kernel.attributes(params, ctx.avals_in, cuda_device()),
+        )
+        return results[: len(ctx.avals_out)]
 
 
 def _minor_to_major(ndim: int, column_major: bool) -> tuple[int, ...]:
