@@ -15,7 +15,7 @@ from .batching import Batcher
 from .device import Device, cuda_device
 from .partition import Division
 from .registration import register_handlers
-from .signature import Signature
+from .signature import Array, Signature
 
 logger = logging.getLogger("deepgemm_jax")
 
@@ -35,12 +35,14 @@ class Kernel:
     archs: tuple[str, ...]
     # (params, operands' types, device) -> the FFI attributes
     attributes: Callable[[Any, Sequence[Any], Device], Mapping[str, Any]]
-    # operands whose last two dims lie the other way round in memory
+    # operands and results whose last two dims lie the other way round in memory
     column_major: tuple[str, ...] = ()
     # operand -> the result that may take its memory
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # operands' types -> memory that the kernel needs besides, as results that nobody sees
     scratch: Callable[[Sequence[Any]], Sequence[jax.core.ShapedArray]] = lambda operands: ()
+    # (params, operands' types) -> what of them it does not take, if so: the reference then does
+    refuses: Callable[[Any, Sequence[Any]], str | None] = lambda params, operands: None
 
 
 class Op:
@@ -164,8 +166,7 @@ class Op:
             function = division.by_types(functools.partial(self._piece, params))
         elif not self.batcher.is_plain(call):
             function = self.batcher.plain(functools.partial(self._bind, params), call)
-        # A kernel with nothing to do launches nothing, which a CUDA graph cannot hold.
-        elif has_kernel and not any(0 in aval.shape for aval in ctx.avals_in):
+        elif has_kernel and self._kernel_takes(params, ctx.avals_in):
             return self._lower_kernel(ctx, operands, params)
         else:
             function = functools.partial(self.reference, params)
@@ -186,6 +187,16 @@ class Op:
             _warn_once(f"{message}: plain JAX takes its place")
         return False
 
+    def _kernel_takes(self, params: Params, avals: Sequence[Any]) -> bool:
+        assert self.kernel is not None
+        # A kernel with nothing to do launches nothing, which a CUDA graph cannot hold.
+        if any(0 in aval.shape for aval in avals):
+            return False
+        refused = self.kernel.refuses(params, avals)
+        if refused and params.implementation == "cuda":
+            raise NotImplementedError(f"{self.name} has no kernel for {refused}")
+        return not refused
+
     def _piece(self, params, operands, contracted_axes):
         """One device's part of a call whose contraction is divided along these mesh axes."""
         if not contracted_axes:
@@ -201,11 +212,13 @@ class Op:
         assert self.kernel is not None
         arrays = self.signature.operands[: len(operands)]
         names = [array.name for array in self.signature.results]
+        scratch = self.kernel.scratch(ctx.avals_in)
         call = jax.ffi.ffi_lowering(
             self.kernel.target,
-            operand_layouts=[
-                _minor_to_major(aval.ndim, array.name in self.kernel.column_major)
-                for array, aval in zip(arrays, ctx.avals_in, strict=True)
+            operand_layouts=self._layouts(arrays, ctx.avals_in),
+            result_layouts=[
+                *self._layouts(self.signature.results, ctx.avals_out),
+                *(_minor_to_major(aval.ndim) for aval in scratch),
             ],
             operand_output_aliases={
                 number: names.index(self.kernel.aliases[array.name])
@@ -213,7 +226,6 @@ class Op:
                 if array.name in self.kernel.aliases
             },
         )
-        scratch = self.kernel.scratch(ctx.avals_in)
         results = call(
             ctx.replace(avals_out=[*ctx.avals_out, *scratch]),
             *operands,
@@ -221,8 +233,15 @@ class Op:
         )
         return results[: len(ctx.avals_out)]
 
+    def _layouts(self, arrays: Sequence[Array], avals: Sequence[Any]) -> list[tuple[int, ...]]:
+        assert self.kernel is not None
+        return [
+            _minor_to_major(aval.ndim, array.name in self.kernel.column_major)
+            for array, aval in zip(arrays, avals, strict=True)
+        ]
 
-def _minor_to_major(ndim: int, column_major: bool) -> tuple[int, ...]:
+
+def _minor_to_major(ndim: int, column_major: bool = False) -> tuple[int, ...]:
     dims = tuple(reversed(range(ndim)))
     return (dims[1], dims[0], *dims[2:]) if column_major else dims
 

@@ -1,6 +1,7 @@
 """What an Op makes of a declaration, on ops made up for it."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from deepgemm_jax._core.op import Kernel, Op, Params
 
-KERNEL = Kernel(target="made_up", archs=("sm_90a",), attributes=lambda *_: {})
+KERNEL = Kernel(
+    target="made_up",
+    archs=("sm_90a",),
+    attributes=lambda *_: {},
+    column_major=("scale",),
+    refuses=lambda params, operands: "odd lengths" if operands[0].shape[-1] % 2 else None,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,3 +185,20 @@ def test_length_that_is_a_static_parameter_is_whole(mesh, kind, spec):
             out_shardings=out if kind == AxisType.Auto else None,
         )(jax.device_put(x, NamedSharding(m, P(*spec))))
     np.testing.assert_array_equal(y, x[:, :4])
+
+
+def lower_for_gpu(k: int, **params) -> str:
+    traced = jax.jit(lambda x: quantize(x, params=QuantizeParams(**params))).trace(jnp.ones((5, k)))
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_kernel_gives_a_result_in_the_layout_declared():
+    _, layouts = lower_for_gpu(300).split("result_layouts = ")
+    assert re.findall(r"dense<\[(.*?)\]>", layouts) == ["1, 0", "0, 1"]
+
+
+def test_kernel_that_refuses_a_call_leaves_it_to_the_reference():
+    assert "made_up" in lower_for_gpu(300)
+    assert "made_up" not in lower_for_gpu(301)
+    with pytest.raises(NotImplementedError, match="quantize has no kernel for odd lengths"):
+        lower_for_gpu(301, implementation="cuda")
