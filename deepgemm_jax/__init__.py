@@ -47,12 +47,15 @@ from .quantize import (
 )
 from .runtime import cache_info, clear_cache, warmup, warmup_shapes
 from .scaled import ScaledArray
+from .training import Recipe, fp8_dot, grouped_linear, grouped_mlp
 
 __all__ = [
+    "Recipe",
     "ScaledArray",
     "cache_info",
     "clean_logits",
     "clear_cache",
+    "fp8_dot",
     "fp8_gemm_nt",
     "fp8_mqa_logits",
     "fp8_paged_mqa_logits",
@@ -62,6 +65,8 @@ __all__ = [
     "get_mn_major_tma_aligned_tensor",
     "get_paged_mqa_logits_metadata",
     "get_tma_aligned_size",
+    "grouped_linear",
+    "grouped_mlp",
     "indexer_topk",
     "k_grouped_bf16_gemm_nt_contiguous",
     "k_grouped_bf16_gemm_tn_contiguous",

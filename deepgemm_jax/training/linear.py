@@ -1,0 +1,39 @@
+"""A linear layer, dense or grouped, with its gradient."""
+
+import functools
+
+import jax
+
+from .products import Groups, Products, cotangents
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear(
+    products: Products,
+    x: jax.Array,
+    w: jax.Array,
+    of: Groups | None,
+    main_grad: jax.Array | None,
+) -> jax.Array:
+    rows, _ = products.operands(x, of, products.recipe.forward, "bf16")
+    return products.times(rows, w, of)
+
+
+def _forward(products, x, w, of, main_grad):
+    recipe = products.recipe
+    rows, summed = products.operands(x, of, recipe.forward, recipe.wgrad)
+    # The weight is kept as it is, which takes no memory, and is quantised once more for dgrad.
+    return products.times(rows, w, of), (summed, w, of, main_grad)
+
+
+def _backward(products, residuals, dy):
+    recipe = products.recipe
+    x, w, of, main_grad = residuals
+    rows, summed = products.operands(dy, of, recipe.dgrad, recipe.wgrad)
+    dx = products.times(rows, w, of, transposed=True)
+    dw = products.sum(x, summed, of, main_grad)
+    dw, d_main_grad = cotangents(w, dw, main_grad)
+    return dx, dw, None, d_main_grad
+
+
+linear.defvjp(_forward, _backward)

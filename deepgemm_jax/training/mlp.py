@@ -1,0 +1,74 @@
+"""A gated MLP of groups, with its gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ..quantize import per_token_cast_to_fp8, swiglu_quantize
+from ..scaled import ScaledArray
+from .products import Groups, Operand, Products, cotangents
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mlp(
+    products: Products,
+    x: jax.Array,
+    weights: tuple[jax.Array, jax.Array],
+    of: Groups,
+    router_weights: jax.Array | None,
+    main_grads: tuple[jax.Array | None, jax.Array | None],
+) -> jax.Array:
+    rows, _ = products.operands(x, of, products.recipe.forward, "bf16")
+    return _up_and_down(products, rows, weights, of, router_weights)[1]
+
+
+def _up_and_down(products, rows, weights, of, router_weights):
+    """What is between the products, gate and up, and the result."""
+    h = products.times(rows, weights[0], of)
+    y: Operand
+    if products.recipe.forward == "fp8":
+        y = swiglu_quantize(h, router_weights, implementation=products.implementation)
+    else:
+        y = swiglu(h, router_weights).astype(jnp.bfloat16)
+    return h, products.times(y, weights[1], of)
+
+
+def swiglu(h: jax.Array, router_weights: jax.Array | None) -> jax.Array:
+    gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+    y = jax.nn.silu(gate) * up
+    return y if router_weights is None else y * router_weights.astype(jnp.float32)[:, None]
+
+
+def _forward(products, x, weights, of, router_weights, main_grads):
+    recipe = products.recipe
+    rows, summed = products.operands(x, of, recipe.forward, recipe.wgrad)
+    h, out = _up_and_down(products, rows, weights, of, router_weights)
+    if recipe.wgrad == "fp8":
+        h = per_token_cast_to_fp8(h, implementation=products.implementation)
+    return out, (summed, h, weights, of, router_weights, main_grads)
+
+
+def _backward(products, residuals, d_out):
+    recipe = products.recipe
+    x, h, (gate_up, down), of, router_weights, main_grads = residuals
+    rows, d_out = products.operands(d_out, of, recipe.dgrad, recipe.wgrad)
+    dy = products.times(rows, down, of, transposed=True)
+    if isinstance(h, ScaledArray):
+        h = h.dequantize(products.dtype)
+    y, pullback = jax.vjp(swiglu, h, router_weights)
+    dh, d_router_weights = pullback(dy.astype(y.dtype))
+    _, y = products.operands(y.astype(products.dtype), of, "bf16", recipe.wgrad)
+    rows, dh = products.operands(dh, of, recipe.dgrad, recipe.wgrad)
+    dx = products.times(rows, gate_up, of, transposed=True)
+    d_weights = (
+        products.sum(x, dh, of, main_grads[0]),
+        products.sum(y, d_out, of, main_grads[1]),
+    )
+    d_weights, d_main_grads = zip(
+        *map(cotangents, (gate_up, down), d_weights, main_grads), strict=True
+    )
+    return dx, d_weights, None, d_router_weights, d_main_grads
+
+
+mlp.defvjp(_forward, _backward)

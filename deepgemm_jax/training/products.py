@@ -1,0 +1,131 @@
+"""The products of a linear layer, dense or grouped, in either precision.
+
+An operand in FP8 is a `ScaledArray`, one in bfloat16 an array: what the operands are says in which
+precision a product is computed.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..gemm import fp8_gemm_nt
+from ..grouped import (
+    groups,
+    k_grouped_bf16_gemm_tn_contiguous,
+    k_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_bf16_gemm_nn_contiguous,
+    m_grouped_bf16_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_contiguous,
+)
+from ..quantize import per_token_cast_to_fp8, prepare_weight, quantize_transpose
+from ..scaled import ScaledArray
+from .recipe import Recipe
+
+Operand = Any  # ScaledArray | jax.Array
+
+MULTIPLE = 16  # of the dim that an FP8 product contracts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Which rows are whose in a grouped layer."""
+
+    sizes: jax.Array  # int32 [T], of all groups
+    first: jax.Array  # int32 [], the group of the first matrix
+    count: int = dataclasses.field(metadata={"static": True})  # of matrices
+
+    def offsets(self, sizes: jax.Array, rows: int) -> jax.Array:
+        """First row of each group that there is a matrix for, and the last one's end."""
+        starts, ends = groups.shard(*groups.spans(sizes, rows), rows, self.first, self.count)
+        return jnp.concatenate([starts[:1], ends])
+
+
+class Summed(NamedTuple):
+    """Rows as an operand of the product that sums over them."""
+
+    operand: Operand  # [rows, channels], but in FP8 [channels, rows]
+    sizes: Any  # int32 [T], how many of these rows each group has; None where there are no groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """The products of a layer; `of` is None where it is dense."""
+
+    recipe: Recipe
+    dtype: Any  # of its result and of its input's gradient
+    implementation: str | None
+
+    def operands(
+        self, x: jax.Array, of: Groups | None, times: str, summed: str
+    ) -> tuple[Operand, Summed]:
+        """x as an operand of `times` and of `sum`, in these precisions."""
+        narrow = x.astype(jnp.bfloat16)
+        rows: Operand = narrow
+        columns = Summed(narrow, None if of is None else of.sizes)
+        if summed == "fp8" and of is not None:
+            rows, *transposed = quantize_transpose(x, of.sizes, implementation=self.implementation)
+            columns = Summed(*transposed)
+        elif summed == "fp8":
+            padded = jnp.pad(x, ((0, -x.shape[0] % MULTIPLE), (0, 0)))
+            rows, across = quantize_transpose(padded, implementation=self.implementation)
+            rows, columns = rows[: x.shape[0]], Summed(across, None)
+        elif times == "fp8":
+            rows = per_token_cast_to_fp8(x, implementation=self.implementation)
+        return rows if times == "fp8" else narrow, columns
+
+    def times(
+        self, x: Operand, w: jax.Array, of: Groups | None, *, transposed: bool = False
+    ) -> jax.Array:
+        """x w or x wᵀ. Rows of no group are zero."""
+        options: dict[str, Any] = {
+            "preferred_element_type": self.dtype,
+            "implementation": self.implementation,
+        }
+        if of is not None:
+            options["group_offsets"] = of.offsets(of.sizes, x.shape[0])
+        if isinstance(x, ScaledArray):
+            layout = "nk" if transposed else "kn"
+            weight = prepare_weight(w, layout=layout, implementation=self.implementation)
+            product = fp8_gemm_nt if of is None else m_grouped_fp8_gemm_nt_contiguous
+            return product(x, weight, **options)
+        w = w.astype(jnp.bfloat16)
+        if of is None:
+            return _dot(x, w, (1, 1 if transposed else 0)).astype(self.dtype)
+        product = (
+            m_grouped_bf16_gemm_nt_contiguous if transposed else m_grouped_bf16_gemm_nn_contiguous
+        )
+        return product(x, w, **options)
+
+    def sum(
+        self, x: Summed, dy: Summed, of: Groups | None, main_grad: jax.Array | None
+    ) -> jax.Array:
+        """xᵀ dy in float32, of each group, added to `main_grad` if there is one."""
+        scaled = isinstance(x.operand, ScaledArray)
+        rows = x.operand.shape[1 if scaled else 0]
+        if of is None and not scaled:
+            dw = _dot(x.operand, dy.operand, (0, 0))
+            return dw if main_grad is None else main_grad + dw
+        product = k_grouped_fp8_gemm_nt_contiguous if scaled else k_grouped_bf16_gemm_tn_contiguous
+        product = functools.partial(
+            product, x.operand, dy.operand, implementation=self.implementation
+        )
+        if of is None:
+            main_grad = None if main_grad is None else main_grad[None]
+            return product(c=main_grad, group_sizes=jnp.array([rows]))[0]
+        return product(c=main_grad, group_offsets=of.offsets(dy.sizes, rows))
+
+
+def cotangents(
+    w: jax.Array, dw: jax.Array, main_grad: jax.Array | None
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Of a weight and of its main gradient, which, if there is one, dw has been added to."""
+    return (dw.astype(w.dtype), None) if main_grad is None else (None, dw)
+
+
+def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    dims = ((axes[:1], axes[1:]), ((), ()))
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)

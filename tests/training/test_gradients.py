@@ -1,0 +1,187 @@
+"""Values and gradients: against finite differences, against plain formulas, and where exact."""
+
+import doctest
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import on_each_platform, put
+from training.layers import LAYERS, G, finite_differences, ids_of, relative_error, sizes_of
+
+from deepgemm_jax import Recipe, fp8_dot, grouped_linear, grouped_mlp
+
+on_each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+on_each_recipe = pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+
+
+@functools.partial(jax.jit, static_argnames=("layer", "recipe"))
+def value_and_gradients(layer, operands, d, sizes, offset=None, *, recipe="fp8"):
+    """y, and the gradient of Σ y d with respect to each operand."""
+    options = {"recipe": recipe} | ({} if offset is None else {"group_offset": offset})
+    y, pullback = jax.vjp(lambda *xs: layer.function(*xs, sizes, **options), *operands)
+    return y, *pullback(d.astype(y.dtype))
+
+
+def narrow(arrays, dtype):
+    return [x.astype(dtype) for x in arrays]
+
+
+@on_each_recipe
+@on_each_layer
+def test_against_finite_differences(layer, recipe):
+    m, k, n = 21, 32, 16
+    *operands, d = narrow(layer.problem(0, m, k, n), np.float32)
+    sizes = sizes_of("tail", m)
+    function = layer.of(sizes, m)
+    wanted = function(*operands), *finite_differences(function, operands, d)
+    found = value_and_gradients(layer, operands, d, sizes, recipe=recipe)
+    for x, x_wanted in zip(found, wanted, strict=True):
+        assert x.dtype == jnp.float32
+        assert relative_error(x, x_wanted) < layer.tolerance[recipe]
+
+
+@on_each_platform
+@on_each_recipe
+@on_each_layer
+@pytest.mark.parametrize("groups", ["tail", "one"])
+def test_against_a_plain_formula(layer, recipe, groups, platform):
+    m, k, n = 300, 144, 112
+    *operands, d = put(narrow(layer.problem(1, m, k, n), jnp.bfloat16), platform)
+    sizes = sizes_of(groups, m)
+    found = value_and_gradients(layer, operands, d, sizes, recipe=recipe)
+    with jax.default_matmul_precision("float32"):
+        y, pullback = jax.vjp(layer.of(sizes, m, jnp), *narrow(operands, jnp.float32))
+        wanted = y, *pullback(d.astype(jnp.float32))
+    for x, x_found, x_wanted in zip((d, *operands), found, wanted, strict=True):
+        assert x_found.dtype == x.dtype
+        assert relative_error(x_found, x_wanted) < layer.tolerance[recipe]
+
+
+@on_each_platform
+@pytest.mark.parametrize("name", ["fp8_dot", "grouped_linear"])
+def test_exact_where_quantisation_is(name, platform):
+    """Zeros and, in all of a group, one magnitude: any block that holds no more than a group's rows
+    is quantised without error."""
+    layer, m = LAYERS[name], 300
+    sizes = sizes_of("tail", m)
+    rng = np.random.default_rng(2)
+    x, w, d = (
+        rng.integers(-1, 2, shape).astype(np.float32)
+        for shape in (*layer.shapes(m, 48, 32), (m, 32))
+    )
+    if name == "grouped_linear":
+        of_group = 2.0 ** (3 * np.arange(G + 1, dtype=np.float32))
+        x, w, d = x * of_group[ids_of(sizes, m), None], w * of_group[:G, None, None], d
+    found = value_and_gradients(layer, *put(([x, w], d), platform), sizes)
+    y, pullback = jax.vjp(layer.of(sizes, m, jnp), x, w)
+    for x_found, x_wanted in zip(found, (y, *pullback(d)), strict=True):
+        np.testing.assert_allclose(x_found, x_wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("product", ["forward", "dgrad", "wgrad"])
+@pytest.mark.parametrize("name", ["fp8_dot", "grouped_linear"])
+def test_recipe_of_each_product(name, product):
+    layer, m = LAYERS[name], 40
+    *operands, d = narrow(layer.problem(3, m, 32, 32), np.float32)
+    sizes = sizes_of("tail", m)
+    found = value_and_gradients(layer, operands, d, sizes, recipe=Recipe(**{product: "bf16"}))
+    y, pullback = jax.vjp(layer.of(sizes, m, jnp), *operands)
+    for which, x_found, x_wanted in zip(
+        ["forward", "dgrad", "wgrad"], found, (y, *pullback(d)), strict=True
+    ):
+        error = relative_error(x_found, x_wanted)
+        assert error < layer.tolerance["fp8"]
+        assert (error < layer.tolerance["bf16"]) == (which == product)
+
+
+# Rows of no group, and groups of no rows.
+
+
+@on_each_platform
+@pytest.mark.parametrize(
+    "recipe",
+    ["fp8", "bf16", Recipe(wgrad="bf16"), Recipe(dgrad="bf16")],
+    ids=["fp8", "bf16", "wgrad in bf16", "dgrad in bf16"],
+)
+def test_rows_of_no_group_are_never_looked_at(recipe, platform):
+    layer, m = LAYERS["grouped_mlp"], 70
+    *operands, d = narrow(layer.problem(4, m, 32, 32), jnp.bfloat16)
+    sizes = sizes_of("tail", m)
+    tail = ids_of(sizes, m) < 0
+
+    def run(value):
+        rows = [
+            np.where(tail.reshape(-1, *[1] * (x.ndim - 1)), jnp.bfloat16(value), x)
+            if x.shape[0] == m
+            else x
+            for x in (*operands, d)
+        ]
+        *xs, dy = put(rows, platform)
+        return value_and_gradients(layer, xs, dy, sizes, recipe=recipe)
+
+    found, other = run(np.nan), run(3)
+    for x, x_other in zip(found, other, strict=True):
+        np.testing.assert_array_equal(x, x_other)
+        if x.shape[0] == m:
+            assert not np.asarray(x)[tail].any()
+        else:
+            assert not np.asarray(x)[sizes == 0].any()
+            assert np.asarray(x)[sizes > 0].any()
+
+
+@on_each_recipe
+def test_shards_of_the_groups(recipe):
+    layer, m = LAYERS["grouped_mlp"], 70
+    *operands, d = narrow(layer.problem(5, m, 32, 32), np.float32)
+    sizes = sizes_of("tail", m)
+    whole = value_and_gradients(layer, operands, d, sizes, recipe=recipe)
+
+    def shard(first):
+        part = [x[first : first + G // 2] if x.ndim == 3 else x for x in operands]
+        return value_and_gradients(layer, part, d, sizes, np.array([first]), recipe=recipe)
+
+    for x, *parts in zip(whole, shard(0), shard(G // 2), strict=True):
+        x_found = np.concatenate(parts) if x.ndim == 3 else sum(parts)
+        np.testing.assert_allclose(x_found, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "named"),
+    [
+        ({"x": np.zeros((8, 32), np.float16)}, TypeError, "x has dtype float16"),
+        ({"x": np.zeros(32, np.float32)}, ValueError, "x has shape .* wanted \\(any, any\\)"),
+        ({"w_gate_up": np.zeros((2, 48, 64))}, ValueError, "wanted \\(any, 32, any\\)"),
+        ({"w_gate_up": np.zeros((2, 32, 48))}, ValueError, "48 columns, wanted a multiple of 32"),
+        ({"w_down": np.zeros((2, 32, 24))}, ValueError, "w_down .* multiples of 16"),
+        ({"w_down": np.zeros((3, 32, 16))}, ValueError, "w_down .* wanted \\(2, 32, any\\)"),
+        ({"group_sizes": np.zeros(3, int)}, ValueError, "group_sizes has shape"),
+        ({"group_sizes": np.zeros(2)}, TypeError, "group_sizes has dtype"),
+        ({"group_offset": np.zeros(2, int)}, ValueError, "group_offset has shape"),
+        ({"router_weights": np.zeros(7)}, ValueError, "router_weights .* wanted \\(8\\)"),
+        ({"recipe": "fp4"}, ValueError, "recipe is 'fp4'"),
+        ({"implementation": "gpu"}, ValueError, "implementation is 'gpu'"),
+        ({"main_grads": [np.zeros((2, 32, 64))] * 2}, ValueError, "main gradient has shape"),
+    ],
+)
+def test_bad_input(changed, error, named):
+    arguments = {
+        "x": np.zeros((8, 32)),
+        "w_gate_up": np.zeros((2, 32, 64)),
+        "w_down": np.zeros((2, 32, 16)),
+        "group_sizes": np.zeros(2, int),
+    }
+    with pytest.raises(error, match=f": .*{named}"):
+        grouped_mlp(**arguments | changed)
+
+
+def test_bad_recipe():
+    with pytest.raises(ValueError, match="Recipe: dgrad is 'fp4', wanted 'fp8' or 'bf16'"):
+        Recipe(dgrad="fp4")
+
+
+@pytest.mark.parametrize("function", [fp8_dot, grouped_linear, grouped_mlp])
+def test_example_of_the_docstring(function):
+    (case,) = doctest.DocTestFinder(recurse=False).find(function)
+    assert doctest.DocTestRunner().run(case).failed == 0
