@@ -104,6 +104,8 @@ class Products:
         self, x: Summed, dy: Summed, of: Groups | None, main_grad: jax.Array | None
     ) -> jax.Array:
         """xᵀ dy in float32, of each group, added to `main_grad` if there is one."""
+        if main_grad is not None:
+            main_grad = _one_for_each(main_grad, (x, dy))
         scaled = isinstance(x.operand, ScaledArray)
         rows = x.operand.shape[1 if scaled else 0]
         if of is None and not scaled:
@@ -117,6 +119,22 @@ class Products:
             main_grad = None if main_grad is None else main_grad[None]
             return product(c=main_grad, group_sizes=jnp.array([rows]))[0]
         return product(c=main_grad, group_offsets=of.offsets(dy.sizes, rows))
+
+
+@jax.custom_batching.custom_vmap
+def _one_for_each(main_grad: jax.Array, operands: Any) -> jax.Array:
+    """The main gradient, if no batch shares it: the sum over the batch would hold it many times."""
+    return main_grad
+
+
+@_one_for_each.def_vmap
+def _(axis_size, batched, main_grad, operands):
+    if not batched[0]:
+        raise ValueError(
+            "a main gradient is the same for a batch of gradients: give each its own, and sum them "
+            "at last"
+        )
+    return main_grad, True
 
 
 def cotangents(
