@@ -59,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
         help="time every config of a GEMM instead, and tell how good the choice among them is",
     )
     bench.add_argument(
+        "--training",
+        action="store_true",
+        help="time a grouped MLP's forward and backward pass instead, and tell its memory",
+    )
+    bench.add_argument(
         "--quick",
         action="store_true",
         help="10 calls and a flush of 256 MB; writes nothing unless --out says where",
@@ -92,9 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 cache.info()
         case "bench":
-            from ._bench import configs, run
+            from ._bench import configs, run, training
 
-            return configs.main(options) if options.configs else run.main(options)
+            what = configs if options.configs else training if options.training else run
+            return what.main(options)
     return 0
 
 

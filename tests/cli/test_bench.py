@@ -11,7 +11,7 @@ import pytest
 
 from deepgemm_jax import runtime
 from deepgemm_jax.__main__ import main
-from deepgemm_jax._bench import configs, plot, run, timing
+from deepgemm_jax._bench import configs, plot, run, timing, training
 from deepgemm_jax._bench.registry import BENCHMARKS
 from deepgemm_jax._bench.results import References, Results, gpu_slug, kernels_sha256
 
@@ -72,6 +72,16 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     about = json.loads((tmp_path / f"{name}.json").read_text())["about"]
     assert about["kernels_sha256"] == kernels_sha256()
     assert "16×32×48" in capsys.readouterr().out
+
+
+def test_a_training_step_is_measured(capsys):
+    row = training.measure(2, 40, 128, 64, timer=FakeTimer())
+    assert row["us"] == row["bf16_us"] == row["forward_us"] == 2.5
+    assert row["quantise_us"] == 2.5 - 3 * 2.5
+    assert row["peak_mb"] > 0
+    assert 0.01 < row["error"] < 0.1
+    training.report(row)
+    assert "2×40×128×64" in capsys.readouterr().out
 
 
 def test_every_config_is_timed(tmp_path, capsys):

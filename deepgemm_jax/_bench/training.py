@@ -1,0 +1,171 @@
+"""A step of a grouped MLP, forward and backward, in FP8 and in BF16, by time and by memory."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..grouped import (
+    k_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_contiguous,
+    ragged_dot,
+)
+from ..quantize import per_token_cast_to_fp8, prepare_weight, quantize_transpose
+from ..training import grouped_mlp
+from .case import Program
+from .results import Results, Row
+from .run import compiled, start
+from .timing import Timer, mean_us
+
+OP = "grouped_mlp forward + backward"
+SHAPE = (8, 4096, 7168, 2048)  # groups, rows of each in the mean, width, width of the gates
+FIELDS = (
+    "us, bf16_us, xla_us: all kernels of the value and of all gradients, of grouped_mlp in FP8, of "
+    "the same by ragged_dot in BF16, and by jax.lax.ragged_dot. {forward,dgrad,wgrad}_us: the two "
+    "GEMMs of each alone, on operands quantised before; quantise_us: what is left of us. "
+    "*_peak_mb: the program's arguments, results and temporary memory, as XLA assigns it. error: "
+    "of the gradients, the largest ‖FP8 - BF16‖ / ‖BF16‖."
+)
+
+
+def main(options: argparse.Namespace) -> int:
+    session = start(options, FIELDS)
+    if session is None:
+        return 2
+    results = Results(session.file("_training.json"), session.about)
+    for shape in options.shapes or [SHAPE]:
+        row = measure(*shape, timer=session.timer)
+        results.add(row)
+        report(row)
+    return 0
+
+
+def measure(groups: int, rows: int, width: int, gates: int, *, timer: Timer) -> Row:
+    *operands, sizes, d = problem(groups, rows, width, gates)
+    flops = 3 * 2 * groups * rows * width * 3 * gates
+    row: Row = {"op": OP, "shape": [groups, rows, width, gates]}
+    results = {}
+    for name, function in VERSIONS.items():
+        run = jax.jit(functools.partial(step, function)).lower(operands, sizes, d).compile()
+        call = functools.partial(run, operands, sizes, d)
+        results[name] = [np.asarray(x[..., ::16], np.float32) for x in call()[1]]
+        row[f"{name}us"] = mean_us(timer(call), timer.calls)
+        row[f"{name}peak_mb"] = peak_bytes(run) / 1e6
+    row["tflops"] = flops / row["us"] / 1e6
+    row["error"] = max(map(_relative_error, results[""], results["bf16_"]))
+    for name, program in gemms(operands, sizes, d).items():
+        row[f"{name}_us"] = mean_us(timer(compiled(program)), timer.calls)
+    row["quantise_us"] = row["us"] - sum(row[f"{name}_us"] for name in GEMMS)
+    return row
+
+
+GEMMS = "forward", "dgrad", "wgrad"
+
+
+def problem(groups: int, rows: int, width: int, gates: int) -> list[jax.Array]:
+    """x, both weights, the router's weights, the groups' sizes and the result's gradient."""
+    m = groups * rows
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+
+    def normal(*shape: int, scale: float = 1.0) -> jax.Array:
+        return (jax.random.normal(next(keys), shape) * scale).astype(jnp.bfloat16)
+
+    sizes = np.random.default_rng(0).multinomial(m, [1 / groups] * groups).astype(np.int32)
+    return [
+        normal(m, width),
+        normal(groups, width, 2 * gates, scale=width**-0.5),
+        normal(groups, gates, width, scale=gates**-0.5),
+        jax.nn.sigmoid(normal(m).astype(jnp.float32)),
+        jnp.asarray(sizes),
+        normal(m, width),
+    ]
+
+
+def step(function: Callable, operands: Sequence[jax.Array], sizes: jax.Array, d: jax.Array) -> Any:
+    y, pullback = jax.vjp(lambda *xs: function(*xs[:3], sizes, xs[3]), *operands)
+    return y, pullback(d)
+
+
+def by_ragged_dot(
+    dot: Callable,
+    x: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    sizes: jax.Array,
+    router_weights: jax.Array,
+) -> jax.Array:
+    gate, up = jnp.split(dot(x, gate_up, sizes).astype(jnp.float32), 2, axis=-1)
+    y = jax.nn.silu(gate) * up * router_weights[:, None]
+    return dot(y.astype(x.dtype), down, sizes)
+
+
+VERSIONS: dict[str, Callable] = {
+    "": grouped_mlp,
+    "bf16_": functools.partial(by_ragged_dot, ragged_dot),
+    "xla_": functools.partial(by_ragged_dot, jax.lax.ragged_dot),
+}
+
+
+def gemms(operands: Sequence[jax.Array], sizes: jax.Array, d: jax.Array) -> dict[str, Program]:
+    """The GEMMs of a step, on operands of their shapes."""
+
+    @jax.jit
+    def quantised(x, gate_up, down, sizes, d):
+        y, dh = x[:, : down.shape[1]], x[:, : gate_up.shape[2]]
+        rows = [per_token_cast_to_fp8(a) for a in (x, y, d, dh)]
+        columns = [quantize_transpose(a, sizes)[1] for a in (x, y, d, dh)]
+        padded = quantize_transpose(x, sizes)[2]
+        weights = [prepare_weight(w, layout="kn", transposed=True) for w in (gate_up, down)]
+        return rows, columns, padded, weights
+
+    (x, y, d, dh), (xt, yt, dt, dht), padded, (gate_up, down) = quantised(*operands[:3], sizes, d)
+
+    def by_rows(a, b, sizes):
+        return [
+            m_grouped_fp8_gemm_nt_contiguous(*ab, group_sizes=sizes)
+            for ab in zip(a, b, strict=True)
+        ]
+
+    def by_columns(a, b, sizes):
+        return [
+            k_grouped_fp8_gemm_nt_contiguous(*ab, group_sizes=sizes)
+            for ab in zip(a, b, strict=True)
+        ]
+
+    return {
+        "forward": Program(by_rows, ([x, y], [gate_up[0], down[0]], sizes)),
+        "dgrad": Program(by_rows, ([d, dh], [down[1], gate_up[1]], sizes)),
+        "wgrad": Program(by_columns, ([xt, yt], [dht, dt], padded)),
+    }
+
+
+def peak_bytes(run: Any) -> int:
+    memory = run.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def _relative_error(x: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(x - wanted) / np.linalg.norm(wanted))
+
+
+def report(row: Row) -> None:
+    shape = "×".join(map(str, row["shape"]))
+    print(f"{OP} {shape}: {row['us'] / 1e3:.2f} ms, {row['tflops']:.0f} TFLOPS")
+    for name in (*GEMMS, "quantise"):
+        print(f"  {name:9} {row[f'{name}_us'] / 1e3:6.2f} ms  {row[f'{name}_us'] / row['us']:.0%}")
+    for name, what in (("bf16", "ragged_dot in BF16"), ("xla", "jax.lax.ragged_dot")):
+        print(
+            f"  {row[f'{name}_us'] / row['us']:.2f} × the speed of {what}, "
+            f"{row['peak_mb'] / row[f'{name}_peak_mb']:.2f} × its memory ({row['peak_mb']:.0f} MB)"
+        )

@@ -1,0 +1,239 @@
+"""Trains a small language model in the style of DeepSeek-V3, once in BF16 and once in FP8.
+
+Mixture-of-experts layers with a shared expert, top-4 routing by sigmoid scores, and balanced loads
+without an auxiliary loss: a bias on the scores, which no gradient sees, follows the loads. All of
+the layers' matrix products, forward and backward, are the package's. The text is generated.
+
+    python examples/train_moe.py               on a GPU
+    python examples/train_moe.py --tiny        anywhere, in a minute
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import random
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from deepgemm_jax import fp8_dot, grouped_mlp
+
+VOCABULARY = 256  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    layers: int = 4
+    width: int = 512
+    heads: int = 8
+    experts: int = 32
+    top_k: int = 4
+    expert_width: int = 256
+    length: int = 256  # of a text in bytes
+    batch: int = 64
+    steps: int = 400
+    rate: float = 2e-3
+    bias_rate: float = 1e-3  # of the balancing
+
+
+TINY = Config(
+    layers=2, width=64, heads=2, experts=16, expert_width=32, length=32, batch=4, steps=20
+)
+
+
+def generate_text(characters: int, seed: int = 0) -> str:
+    """Sentences whose numbers add up, so that there is something to learn for long."""
+    rng = random.Random(seed)
+    names = ["Ada", "Emmy", "Grace", "Hedy", "Katherine", "Mary", "Rosalind", "Sofia"]
+    things = ["apples", "books", "coins", "lamps", "maps", "pens", "shells", "stones"]
+    sentences, length = [], 0
+    while length < characters:
+        name, other = rng.sample(names, 2)
+        thing, a, b = rng.choice(things), rng.randrange(1, 50), rng.randrange(1, 50)
+        sentence = rng.choice(
+            [
+                f"{name} has {a} {thing} and finds {b} more: {name} has {a + b} {thing} now. ",
+                f"{name} had {a + b} {thing}, gave {other} {b} of them, and kept {a}. ",
+                f"How many {thing} do {name} with {a} and {other} with {b} have? {a + b}. ",
+            ]
+        )
+        sentences.append(sentence)
+        length += len(sentence)
+    return "".join(sentences)
+
+
+def batches(config: Config, seed: int = 0) -> np.ndarray:
+    """Bytes [steps, batch, length + 1], from random places of the text."""
+    text = np.frombuffer(generate_text(1_000_000, seed).encode(), np.uint8)
+    shape = config.steps, config.batch, 1
+    first = np.random.default_rng(seed).integers(len(text) - config.length, size=shape)
+    return text[first + np.arange(config.length + 1)]
+
+
+def init(config: Config, key) -> dict:
+    """float32 parameters; those of the layers have a first dim for the layers."""
+    width, inner = config.width, config.expert_width
+    shapes = {
+        "qkv": (width, 3 * width),
+        "out": (width, width),
+        "router": (width, config.experts),
+        "gate_up": (config.experts, width, 2 * inner),
+        "down": (config.experts, inner, width),
+        "shared_gate_up": (1, width, 2 * inner),
+        "shared_down": (1, inner, width),
+    }
+    keys = iter(jax.random.split(key, len(shapes) + 2))
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape) * shape[-2] ** -0.5
+
+    layers = {name: normal(config.layers, *shape) for name, shape in shapes.items()}
+    layers |= {name: jnp.ones((config.layers, width)) for name in ("norm_attention", "norm_mlp")}
+    embedding = normal(VOCABULARY, width) * VOCABULARY**0.5
+    return {"embedding": embedding, "head": normal(width, VOCABULARY), "layers": layers}
+
+
+def norm(x, scale=1.0):
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)
+    return (wide * scale).astype(x.dtype)
+
+
+def rotate(x):
+    """Positions by rotation: x is [batch, length, heads, size]."""
+    length, size = x.shape[1], x.shape[-1]
+    angle = jnp.arange(length)[:, None] * 10000.0 ** (-jnp.arange(0, size, 2) / size)
+    cos, sin = (f(angle)[:, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    a, b = jnp.split(x, 2, -1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def attention(config, recipe, x, p):
+    qkv = fp8_dot(x, p["qkv"], recipe=recipe)
+    q, k, v = jnp.split(qkv.reshape(*x.shape[:-1], 3 * config.heads, -1), 3, axis=2)
+    y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+    return fp8_dot(y.reshape(x.shape), p["out"], recipe=recipe)
+
+
+def mixture(config, recipe, x, p, bias):
+    """The experts' sum for each row of x, and how many rows each expert had."""
+    rows, k = x.shape[0], config.top_k
+    scores = jax.nn.sigmoid(x.astype(jnp.float32) @ p["router"])
+    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores) + bias, k)
+    weights = jnp.take_along_axis(scores, chosen, axis=1)
+    weights /= weights.sum(1, keepdims=True)
+
+    # Each row k times, in the order of the experts, and back.
+    order = jnp.argsort(chosen.reshape(-1))
+    load = jnp.bincount(chosen.reshape(-1), length=config.experts)
+    take = functools.partial(jnp.take, axis=0, unique_indices=True, mode="clip")
+    y = grouped_mlp(
+        take(jnp.repeat(x, k, axis=0), order),
+        p["gate_up"],
+        p["down"],
+        load,
+        take(weights.reshape(-1), order),
+        recipe=recipe,
+    )
+    y = take(y, jnp.argsort(order)).reshape(rows, k, -1).sum(1)
+    shared = grouped_mlp(x, p["shared_gate_up"], p["shared_down"], jnp.array([rows]), recipe=recipe)
+    return y + shared, load
+
+
+def loss_and_loads(config, recipe, parameters, biases, tokens):
+    def layer(x, parameters):
+        p, bias = parameters
+        x = x + attention(config, recipe, norm(x, p["norm_attention"]), p)
+        rows = norm(x, p["norm_mlp"]).reshape(-1, config.width)
+        y, load = mixture(config, recipe, rows, p, bias)
+        return x + y.reshape(x.shape), load
+
+    x = parameters["embedding"].astype(jnp.bfloat16)[tokens[:, :-1]]
+    # Nothing of a layer is kept but its input, as in a model that fills the memory.
+    layers = parameters["layers"], biases
+    x, loads = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, layers)
+    logits = norm(x).astype(jnp.float32) @ parameters["head"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return losses.mean(), loads
+
+
+def train(config: Config, recipe: str, seed: int = 0, verbose: bool = True) -> dict:
+    """The loss of each step, the seconds of one, and how uneven the experts' loads are at last."""
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            optax.warmup_cosine_decay_schedule(
+                0, config.rate, max(1, config.steps // 10), config.steps, config.rate / 10
+            )
+        ),
+    )
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(parameters, state, biases, tokens):
+        gradient = jax.value_and_grad(
+            functools.partial(loss_and_loads, config, recipe), has_aux=True
+        )
+        (loss, loads), gradients = gradient(parameters, biases, tokens.astype(jnp.int32))
+        updates, state = optimizer.update(gradients, state, parameters)
+        biases += config.bias_rate * jnp.sign(loads.mean(1, keepdims=True) - loads)
+        return optax.apply_updates(parameters, updates), state, biases, loss, loads
+
+    parameters = init(config, jax.random.key(seed))
+    state = optimizer.init(parameters)
+    biases = jnp.zeros((config.layers, config.experts))
+    losses, start = [], time.perf_counter()
+    for number, tokens in enumerate(batches(config, seed)):
+        parameters, state, biases, loss, loads = step(parameters, state, biases, tokens)
+        losses.append(loss)
+        if number == 0:  # which compiles
+            jax.block_until_ready(loss)
+            start = time.perf_counter()
+        if verbose and number % 50 == 0:
+            print(f"{recipe}  step {number:4}  loss {loss:.4f}", flush=True)
+    losses = [float(loss) for loss in losses]
+    seconds = (time.perf_counter() - start) / max(1, config.steps - 1)
+    uneven = float((loads.max(1) / loads.mean(1)).max())
+    return {"losses": losses, "seconds": seconds, "greatest_load_over_mean": uneven}
+
+
+def final_loss(losses: list[float]) -> float:
+    """The mean of the last tenth."""
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a model and a run for a CPU")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--json", help="file to write the curves to")
+    options = parser.parse_args(arguments)
+    config = TINY if options.tiny else Config()
+    config = dataclasses.replace(config, steps=options.steps or config.steps)
+    runs = {recipe: train(config, recipe) for recipe in ("bf16", "fp8")}
+    final = {recipe: final_loss(run["losses"]) for recipe, run in runs.items()}
+    for recipe, run in runs.items():
+        print(
+            f"{recipe}: loss {run['losses'][0]:.3f} -> {final[recipe]:.4f}, "
+            f"{run['seconds'] * 1e3:.1f} ms a step, greatest load of an expert "
+            f"{run['greatest_load_over_mean']:.2f} x the mean"
+        )
+    print(f"FP8's final loss is {final['fp8'] / final['bf16'] - 1:+.2%} of BF16's")
+    if options.json:
+        about = {
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "config": dataclasses.asdict(config),
+            "final_loss": final,
+        }
+        with open(options.json, "w") as file:
+            json.dump({"about": about} | runs, file)
+    return runs
+
+
+if __name__ == "__main__":
+    main()
