@@ -361,6 +361,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
     *,
     group_sizes: Any = None,
     group_offsets: Any = None,
+    preferred_element_type: Any = jnp.float32,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Multiplies the rows of each group of one scaled FP8 matrix with those of another.
@@ -376,25 +377,26 @@ def k_grouped_fp8_gemm_tn_contiguous(
       a: `ScaledArray` or tuple of data, float8_e4m3fn [K, M], and scale,
         float32 [ceil(K / 128), M].
       b: the same of data, float8_e4m3fn [K, N], and scale, float32 [ceil(K / 128), N].
-      c: None, or what is added: float32 [G, M, N]. XLA may let D have its memory if nothing else
-        needs it.
+      c: None, or what is added: [G, M, N] of the result's dtype. XLA may let D have its memory if
+        nothing else needs it.
       group_sizes: integers [G], the rows of each group; groups follow each other from the first row
         on. A negative size counts as 0. Where they add up to less than K, the last rows are
         padding; where to more, the groups end with the rows.
       group_offsets: integers [G + 1], the first row of each group, then the last one's end. They
         are clamped to [0, K], and a group whose end is before its start is empty.
+      preferred_element_type: the result's dtype, float32 or bfloat16.
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
         is one and plain JAX elsewhere.
 
     K may be 0; M and N are multiples of 16.
 
     Returns:
-      D, float32 [G, M, N]. That of a group with no rows is C, or zero.
+      D, [G, M, N] of `preferred_element_type`. That of a group with no rows is C, or zero.
 
     Raises:
       TypeError: an operand is no scaled array, or of another dtype.
-      ValueError: shapes that do not fit each other or the limits above; an implementation that
-        there is not; none or both of the two spellings.
+      ValueError: shapes that do not fit each other or the limits above; a dtype or implementation
+        that there is not; none or both of the two spellings.
       NotImplementedError: `implementation="cuda"` on a device that there is no kernel for; a
         derivative is asked for.
 
@@ -419,7 +421,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
         0,
         c,
         (group_sizes, group_offsets),
-        op.GroupedParams(implementation, jnp.float32),
+        op.GroupedParams(implementation, _out_dtype(name, preferred_element_type)),
     )
 
 
@@ -430,6 +432,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
     *,
     group_sizes: Any = None,
     group_offsets: Any = None,
+    preferred_element_type: Any = jnp.float32,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""`k_grouped_fp8_gemm_tn_contiguous` of matrices the other way round: groups of columns.
@@ -462,7 +465,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
         1,
         c,
         (group_sizes, group_offsets),
-        op.GroupedParams(implementation, jnp.float32),
+        op.GroupedParams(implementation, _out_dtype(name, preferred_element_type)),
     )
 
 
@@ -473,6 +476,7 @@ def k_grouped_bf16_gemm_tn_contiguous(
     *,
     group_sizes: Any = None,
     group_offsets: Any = None,
+    preferred_element_type: Any = jnp.float32,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""`k_grouped_fp8_gemm_tn_contiguous` of bfloat16 matrices.
@@ -496,13 +500,14 @@ def k_grouped_bf16_gemm_tn_contiguous(
         >>> print(d.shape, d[:, 0, 0])
         (2, 16, 16) [1. 6.]
     """
+    name = "k_grouped_bf16_gemm_tn_contiguous"
     return _k_grouped(
         op.k_grouped_bf16_gemm_tn_contiguous,
         [jnp.asarray(a), jnp.asarray(b)],
         0,
         c,
         (group_sizes, group_offsets),
-        op.PlainParams(implementation, jnp.float32),
+        op.PlainParams(implementation, _out_dtype(name, preferred_element_type)),
     )
 
 
@@ -513,6 +518,7 @@ def k_grouped_bf16_gemm_nt_contiguous(
     *,
     group_sizes: Any = None,
     group_offsets: Any = None,
+    preferred_element_type: Any = jnp.float32,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""`k_grouped_fp8_gemm_nt_contiguous` of bfloat16 matrices.
@@ -536,13 +542,14 @@ def k_grouped_bf16_gemm_nt_contiguous(
         >>> print(d.shape, d[:, 0, 0])
         (2, 16, 16) [4. 3.]
     """
+    name = "k_grouped_bf16_gemm_nt_contiguous"
     return _k_grouped(
         op.k_grouped_bf16_gemm_nt_contiguous,
         [jnp.asarray(a), jnp.asarray(b)],
         1,
         c,
         (group_sizes, group_offsets),
-        op.PlainParams(implementation, jnp.float32),
+        op.PlainParams(implementation, _out_dtype(name, preferred_element_type)),
     )
 
 

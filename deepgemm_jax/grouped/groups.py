@@ -44,7 +44,8 @@ def shard(
 def ids(starts: jax.Array, ends: jax.Array, rows: int) -> jax.Array:
     """The group of each row, for the spans of groups that follow each other."""
     row = jnp.arange(rows, dtype=jnp.int32)
-    group = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
+    # Not by bisection, which is a loop of kernels on a GPU.
+    group = jnp.searchsorted(ends, row, side="right", method="compare_all").astype(jnp.int32)
     found = (group < ends.size) & (row >= jnp.take(starts, group, mode="clip"))
     return jnp.where(found, group, PADDING)
 

@@ -99,7 +99,7 @@ LIMITS = {"n": (16, 1), "k": (16, 16)}
 K_LIMITS = {"m": (16, 16), "n": (16, 16)}
 
 A_FP8, A_BF16 = _fp8("a", "m k", "m k/128"), {"a": "bfloat16[m k]"}
-C = {"c?": "float32[g m n]"}
+C = {"c?": "preferred_element_type[g m n]"}
 
 m_grouped_fp8_gemm_nt_contiguous = _contiguous(
     "m_grouped_fp8_gemm_nt_contiguous",

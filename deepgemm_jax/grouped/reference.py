@@ -161,7 +161,7 @@ def fp8_k_grouped(params, a, a_scale, b, b_scale, starts, ends, c=None, *, axis)
 
         return _dot(take(a, a_scale), take(b, b_scale), (axis, axis), None, jnp.float32)
 
-    d = jnp.zeros((starts.size, m, n), jnp.float32) if c is None else c
+    d = jnp.zeros((starts.size, m, n), jnp.float32) if c is None else c.astype(jnp.float32)
     return _sum_by_tile(params, (a, a_scale, b, b_scale), k, starts, ends, d, product)
 
 
@@ -178,5 +178,5 @@ def k_grouped(params, a, b, starts, ends, c=None, *, axis):
 
         return _dot(take(a), take(b), (axis, axis), params.precision, dtype)
 
-    d = jnp.zeros((starts.size, m, n), dtype) if c is None else c
+    d = jnp.zeros((starts.size, m, n), dtype) if c is None else c.astype(dtype)
     return _sum_by_tile(params, (a, b), k, starts, ends, d, product)

@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from .products import Groups, Products, cotangents
+from .products import Groups, Products
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -31,8 +31,7 @@ def _backward(products, residuals, dy):
     x, w, of, main_grad = residuals
     rows, summed = products.operands(dy, of, recipe.dgrad, recipe.wgrad)
     dx = products.times(rows, w, of, transposed=True)
-    dw = products.sum(x, summed, of, main_grad)
-    dw, d_main_grad = cotangents(w, dw, main_grad)
+    dw, d_main_grad = products.sum(x, summed, of, w, main_grad)
     return dx, dw, None, d_main_grad
 
 

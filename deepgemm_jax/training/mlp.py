@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ..quantize import per_token_cast_to_fp8, swiglu_quantize
 from ..scaled import ScaledArray
-from .products import Groups, Operand, Products, cotangents
+from .products import Groups, Operand, Products
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -61,12 +61,10 @@ def _backward(products, residuals, d_out):
     _, y = products.operands(y.astype(products.dtype), of, "bf16", recipe.wgrad)
     rows, dh = products.operands(dh, of, recipe.dgrad, recipe.wgrad)
     dx = products.times(rows, gate_up, of, transposed=True)
-    d_weights = (
-        products.sum(x, dh, of, main_grads[0]),
-        products.sum(y, d_out, of, main_grads[1]),
-    )
     d_weights, d_main_grads = zip(
-        *map(cotangents, (gate_up, down), d_weights, main_grads), strict=True
+        products.sum(x, dh, of, gate_up, main_grads[0]),
+        products.sum(y, d_out, of, down, main_grads[1]),
+        strict=True,
     )
     return dx, d_weights, None, d_router_weights, d_main_grads
 

@@ -5,7 +5,6 @@ precision a product is computed.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -101,24 +100,42 @@ class Products:
         return product(x, w, **options)
 
     def sum(
-        self, x: Summed, dy: Summed, of: Groups | None, main_grad: jax.Array | None
-    ) -> jax.Array:
-        """xᵀ dy in float32, of each group, added to `main_grad` if there is one."""
-        if main_grad is not None:
-            main_grad = _one_for_each(main_grad, (x, dy))
+        self,
+        x: Summed,
+        dy: Summed,
+        of: Groups | None,
+        w: jax.Array,
+        main_grad: jax.Array | None,
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """xᵀ dy, of each group, as the gradients of the weight and of its main gradient.
+
+        If there is a main gradient, the sum of both is its, and the weight has none.
+        """
+        dtype = w.dtype if main_grad is None else jnp.dtype(jnp.float32)
+        options: dict[str, Any] = {
+            "preferred_element_type": dtype,
+            "implementation": self.implementation,
+        }
         scaled = isinstance(x.operand, ScaledArray)
         rows = x.operand.shape[1 if scaled else 0]
-        if of is None and not scaled:
+        if main_grad is not None:
+            main_grad = _one_for_each(main_grad, (x, dy))
+        if of is not None:
+            product = (
+                k_grouped_fp8_gemm_nt_contiguous if scaled else k_grouped_bf16_gemm_tn_contiguous
+            )
+            offsets = of.offsets(dy.sizes, rows)
+            dw = product(x.operand, dy.operand, main_grad, group_offsets=offsets, **options)
+        elif scaled:
+            c = None if main_grad is None else main_grad[None]
+            sizes = jnp.array([rows])
+            dw = k_grouped_fp8_gemm_nt_contiguous(
+                x.operand, dy.operand, c, group_sizes=sizes, **options
+            )[0]
+        else:
             dw = _dot(x.operand, dy.operand, (0, 0))
-            return dw if main_grad is None else main_grad + dw
-        product = k_grouped_fp8_gemm_nt_contiguous if scaled else k_grouped_bf16_gemm_tn_contiguous
-        product = functools.partial(
-            product, x.operand, dy.operand, implementation=self.implementation
-        )
-        if of is None:
-            main_grad = None if main_grad is None else main_grad[None]
-            return product(c=main_grad, group_sizes=jnp.array([rows]))[0]
-        return product(c=main_grad, group_offsets=of.offsets(dy.sizes, rows))
+            dw = dw.astype(dtype) if main_grad is None else main_grad + dw
+        return (dw, None) if main_grad is None else (None, dw)
 
 
 @jax.custom_batching.custom_vmap
@@ -135,13 +152,6 @@ def _(axis_size, batched, main_grad, operands):
             "at last"
         )
     return main_grad, True
-
-
-def cotangents(
-    w: jax.Array, dw: jax.Array, main_grad: jax.Array | None
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Of a weight and of its main gradient, which, if there is one, dw has been added to."""
-    return (dw.astype(w.dtype), None) if main_grad is None else (None, dw)
 
 
 def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:

@@ -60,6 +60,19 @@ def test_lengths_of_k(platform, form, k):
     assert_close(d, form.expected_sums(a, b, spans(sizes, k), c), platform)
 
 
+@on_each_platform
+@k_grouped
+def test_bfloat16_result(platform, form):
+    a, b = form.sum_problem(7, M, N, K)
+    c = random_c(7).astype(jnp.bfloat16)
+    sizes = np.array(SIZES[0], np.int32)
+    d = form.function(
+        *put((a, b, c), platform), group_sizes=sizes, preferred_element_type=jnp.bfloat16
+    )
+    assert d.dtype == jnp.bfloat16
+    assert_close(d, form.expected_sums(a, b, spans(sizes, K), c.astype(np.float64)), platform)
+
+
 @k_grouped
 def test_offsets(form):
     a, b = form.sum_problem(3, M, N, K)
