@@ -1,32 +1,7 @@
 """fp8_gemm_nt in processes of its own: what they share, and what one finds that another left."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-TESTS = Path(__file__).parents[1]
-
-
-def start(script: str, *arguments, **environment) -> subprocess.Popen:
-    path = os.pathsep.join([str(TESTS), *sys.path])
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output.splitlines()[-1]
-
+from processes import finish, free_address, start
 
 CACHED = """
 import jax
@@ -88,9 +63,7 @@ print("close")
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_mesh_of_two_processes(kind):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     flags = "--xla_force_host_platform_device_count=4"
     processes = [start(DIVIDED, address, i, kind, XLA_FLAGS=flags) for i in range(2)]
     assert [finish(process) for process in processes] == ["close", "close"]
