@@ -1,0 +1,235 @@
+"""Tokens to the shards of the experts, and what these make of them back.
+
+Every strategy is a linear map from the tokens of the devices along a mesh axis to rows on each of
+them, and that map's transposed, which adds up what the shards made of a token's copies. So each is
+the other's gradient. A token is sent to a shard once, however many of its experts are there.
+"""
+
+import dataclasses
+import functools
+import os
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from .._core import compat
+from ..quantize import per_token_cast_to_fp8
+from ..scaled import ScaledArray
+from .permutation import Permutation, permute, unpermute
+
+# XLA of JAX 0.11 and later takes no slow way between processes unless it is told to.
+FALLBACK = "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback"
+
+
+class Exchange(Protocol):
+    """A strategy's way for the tokens of one call."""
+
+    def send(self, x: jax.Array) -> jax.Array:
+        """[T, ...] of each device to [R, ...] of each shard."""
+
+    def send_back(self, rows: jax.Array) -> jax.Array:
+        """[R, ...] of each shard to where its tokens came from."""
+
+    def collect(self, rows: Any) -> jax.Array:
+        """What was sent back, added up for each token: float32 [T, ...]."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("axis", "shards"))
+@dataclasses.dataclass(frozen=True)
+class AllGather:
+    """Every shard has all tokens. Sums are reduce-scattered: each shard sends a device its part,
+    which adds the parts up in float32."""
+
+    axis: str
+    shards: int
+
+    def send(self, x):
+        return jax.lax.all_gather(x, self.axis, tiled=True)
+
+    def send_back(self, rows):
+        return jax.lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
+
+    def collect(self, rows):
+        rows = rows.dequantize() if isinstance(rows, ScaledArray) else rows.astype(jnp.float32)
+        return rows.reshape(self.shards, -1, *rows.shape[1:]).sum(0)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("plan",), meta_fields=("axis",))
+@dataclasses.dataclass(frozen=True)
+class AllToAll:
+    """Each device has room for as many rows on each shard."""
+
+    plan: Permutation
+    axis: str
+
+    def send(self, x):
+        return self.send_back(permute(x, self.plan))
+
+    def send_back(self, rows):
+        return jax.lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
+
+    def collect(self, rows):
+        return unpermute(rows, self.plan)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("plan", "starts", "sizes"),
+    meta_fields=("axis", "rows"),
+)
+@dataclasses.dataclass(frozen=True)
+class RaggedAllToAll:
+    """Rows are sent as they are needed, to a shard that has room for so many from all devices.
+
+    Attributes:
+      starts: int32 [from, to], the first row of each device's for each shard.
+      sizes: int32 [from, to], how many of them find room there.
+    """
+
+    plan: Permutation
+    starts: jax.Array
+    sizes: jax.Array
+    axis: str
+    rows: int
+
+    @classmethod
+    def of(cls, plan: Permutation, axis: str, rows: int) -> "RaggedAllToAll":
+        sizes = jax.lax.all_gather(plan.group_sizes, axis)
+        ends = jnp.minimum(jnp.cumsum(sizes, 0), rows)
+        fitting = jnp.diff(ends, axis=0, prepend=0)
+        return cls(plan, jnp.cumsum(sizes, 1) - sizes, fitting, axis, rows)
+
+    def send(self, x):
+        there = jnp.cumsum(self.sizes, 0) - self.sizes
+        return self._move(permute(x, self.plan), self.rows, self.starts, there, self.sizes)
+
+    def send_back(self, rows):
+        there = jnp.cumsum(self.sizes, 0) - self.sizes
+        return self._move(rows, len(self.plan.slot), there.T, self.starts.T, self.sizes.T)
+
+    def collect(self, rows):
+        return unpermute(rows, self.plan)
+
+    def _move(self, x, rows, source, target, sizes):
+        """`sizes[i, j]` rows from `source[i, j]` on device i to `target[i, j]` on device j."""
+        result = jnp.zeros_like(x, shape=(rows, *x.shape[1:]))
+        me = jax.lax.axis_index(self.axis)
+        operands = compat.vary_alike([x, result, source, target, sizes, me])
+        return jax.lax.platform_dependent(
+            *operands,
+            cpu=functools.partial(_ragged_all_to_all_by_gather, axis=self.axis),
+            default=functools.partial(_ragged_all_to_all, axis=self.axis),
+        )
+
+
+def _ragged_all_to_all(x, result, source, target, sizes, me, *, axis):
+    return jax.lax.ragged_all_to_all(
+        x, result, source[me], sizes[me], target[me], sizes[:, me], axis_name=axis
+    )
+
+
+def _ragged_all_to_all_by_gather(x, result, source, target, sizes, me, *, axis):
+    """For XLA's CPU backend, which has no such collective."""
+    everyone = jax.lax.all_gather(x, axis, tiled=True)
+    row = jnp.arange(len(result))[:, None] - target[:, me]
+    index = jnp.arange(len(sizes)) * len(x) + source[:, me] + row
+    index = jnp.where((row >= 0) & (row < sizes[:, me]), index, -1).max(1)
+    index = jnp.where(index < 0, len(everyone), index)
+    return jnp.take(everyone, index, axis=0, mode="fill", fill_value=0)
+
+
+def check_ragged_all_to_all() -> None:
+    """NotImplementedError where XLA would refuse, with what to do about it."""
+    if (
+        jax.process_count() > 1
+        and jax.default_backend() == "gpu"
+        and jax.version.__version_info__ >= (0, 11)
+        and f"{FALLBACK}=true" not in os.environ.get("XLA_FLAGS", "")
+    ):
+        raise NotImplementedError(
+            "moe_layer: XLA has no fast ragged_all_to_all between processes; set "
+            f"XLA_FLAGS=--{FALLBACK}=true before JAX starts to have a slow one, or take the "
+            "strategy 'all_to_all'"
+        )
+
+
+def exchange(
+    strategy: str, axis: str, shards: int, experts: jax.Array, local: int, room: int
+) -> Exchange:
+    """The way for tokens of these experts [T, k] to shards of `local` experts each.
+
+    `room` is how many tokens of a device find place on a shard.
+    """
+    if strategy == "all_gather":
+        return AllGather(axis, shards)
+    shard = jnp.where(experts >= 0, experts // local, shards)
+    # A token's later slots for a shard that it goes to already need no row.
+    same = shard[:, :, None] == shard[:, None, :]
+    first = jnp.argmax(same, axis=-1) == jnp.arange(shard.shape[1])
+    shard = jnp.where(first, shard, shards)
+    if strategy == "all_to_all":
+        return AllToAll(Permutation.of(shard, shards, capacity=room), axis)
+    check_ragged_all_to_all()
+    rows = len(experts) * min(shard.shape[1], shards)
+    return RaggedAllToAll.of(Permutation.of(shard, shards, rows), axis, shards * room)
+
+
+def to_shards(way: Exchange, x: Any, dtype: Any = None, back_dtype: Any = None) -> Any:
+    """Tokens [T, H] as rows on each shard; on the wire in `dtype`, as they are if None.
+
+    Its gradient takes the way back, in `back_dtype`.
+    """
+    if isinstance(x, ScaledArray) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.tree.map(way.send, x)
+    way, x = _vary_alike(way, x)
+    return _out((dtype, back_dtype), way, x)
+
+
+def from_shards(way: Exchange, rows: jax.Array, dtype: Any, out_dtype: Any) -> jax.Array:
+    """What the shards made of rows, added up for each token in float32; on the wire in `dtype`.
+
+    Its gradient takes the way out, in `out_dtype`.
+    """
+    way, rows = _vary_alike(way, rows)
+    return _back((out_dtype, dtype), way, rows)
+
+
+def _vary_alike(way, x):
+    leaves, tree = jax.tree.flatten((way, x))
+    return jax.tree.unflatten(tree, compat.vary_alike(leaves))
+
+
+def _narrow(x: jax.Array, dtype: Any) -> Any:
+    if dtype == jnp.float8_e4m3fn:
+        return per_token_cast_to_fp8(x)
+    return x if dtype is None else x.astype(dtype)
+
+
+def _send(way, x, dtype):
+    rows = jax.tree.map(way.send, _narrow(x, dtype))
+    return rows.dequantize(x.dtype) if isinstance(rows, ScaledArray) else rows.astype(x.dtype)
+
+
+def _send_back(way, rows, dtype):
+    return way.collect(jax.tree.map(way.send_back, _narrow(rows, dtype)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _out(dtypes, way, x):
+    return _send(way, x, dtypes[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _back(dtypes, way, rows):
+    return _send_back(way, rows, dtypes[1])
+
+
+_out.defvjp(
+    lambda dtypes, way, x: (_send(way, x, dtypes[0]), way),
+    lambda dtypes, way, d: (None, _send_back(way, d, dtypes[1]).astype(d.dtype)),
+)
+_back.defvjp(
+    lambda dtypes, way, rows: (_send_back(way, rows, dtypes[1]), (way, rows[:0])),
+    lambda dtypes, kept, d: (None, _send(kept[0], d.astype(kept[1].dtype), dtypes[0])),
+)

@@ -1,0 +1,385 @@
+"""The mixture-of-experts layer, on one device or on a mesh."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from .._core import compat
+from ..quantize import prepare_weight
+from ..scaled import ScaledArray
+from ..training import Recipe
+from .exchange import exchange, from_shards, to_shards
+from .experts import local_experts, mlp, scaled
+from .routing import expert_load
+
+Router = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
+
+STRATEGIES = ("all_gather", "all_to_all", "ragged_all_to_all")
+LAYOUTS = ("contiguous", "masked")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoEParams:
+    """The weights of a layer of E experts, hidden size H and intermediate size I.
+
+    Attributes:
+      router: float [H, E].
+      w_gate_up: [E, H, 2, I], gate before up: a tensor-parallel device has a part of both.
+      w_down: [E, I, H].
+      bias: None, or float [E]: see `route`.
+      shared_gate_up, shared_down: None, or [H, 2, S] and [S, H]: an expert for all tokens.
+    """
+
+    router: Any
+    w_gate_up: Any
+    w_down: Any
+    bias: Any = None
+    shared_gate_up: Any = None
+    shared_down: Any = None
+
+    @classmethod
+    def init(
+        cls,
+        key: jax.Array,
+        *,
+        hidden: int,
+        intermediate: int,
+        experts: int,
+        shared: int = 0,
+        dtype: Any = jnp.float32,
+    ) -> "MoEParams":
+        """Normal weights that keep the size of what they multiply, and a bias of zeros."""
+        keys = iter(jax.random.split(key, 5))
+
+        def normal(fan_in, *shape):
+            return jax.random.normal(next(keys), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
+
+        return cls(
+            router=normal(hidden, hidden, experts).astype(jnp.float32),
+            w_gate_up=normal(hidden, experts, hidden, 2, intermediate),
+            w_down=normal(intermediate, experts, intermediate, hidden),
+            bias=jnp.zeros(experts),
+            shared_gate_up=normal(hidden, hidden, 2, shared) if shared else None,
+            shared_down=normal(shared, shared, hidden) if shared else None,
+        )
+
+    def quantize(self) -> "MoEParams":
+        """The same for serving: experts in FP8, by blocks of 128 × 128, I a multiple of 128.
+
+        The layer then quantises tokens once and moves them so, and has no gradient. Weights are
+        `ScaledArray`s with K last: [E, 2, I, H], [E, H, I], [2, S, H] and [H, S].
+        """
+
+        def gate_up(w):
+            # [..., H, 2, I] as twice as many matrices, [..., 2, I, H].
+            w = jnp.moveaxis(w, -2, -3)
+            of = prepare_weight(w.reshape(-1, *w.shape[-2:]), layout="kn")
+            return jax.tree.map(lambda x: x.reshape(*w.shape[:-2], *x.shape[1:]), of)
+
+        if self.w_down.shape[1] % 128 or (
+            self.shared_down is not None and len(self.shared_down) % 128
+        ):
+            raise ValueError(
+                "MoEParams.quantize: intermediate sizes are multiples of 128, got "
+                f"{self.w_down.shape} for w_down"
+            )
+        shared = self.shared_down is not None
+        return dataclasses.replace(
+            self,
+            w_gate_up=gate_up(self.w_gate_up),
+            w_down=prepare_weight(self.w_down, layout="kn"),
+            shared_gate_up=gate_up(self.shared_gate_up) if shared else None,
+            shared_down=prepare_weight(self.shared_down, layout="kn") if shared else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The mesh axes that a layer inside of `jax.shard_map` is divided along.
+
+    Attributes:
+      expert: that experts are divided along, and tokens too.
+      tokens: further axes that tokens are divided along, `fsdp`'s name among them if there is one.
+      tensor: that each expert's I is divided along. Tokens are the same along it.
+      fsdp: that weights' H is divided along; they are gathered when they are used, and their
+        gradients are reduce-scattered.
+    """
+
+    expert: str | None = None
+    tokens: tuple[str, ...] = ()
+    tensor: str | None = None
+    fsdp: str | None = None
+
+    @property
+    def of_tokens(self) -> tuple[str, ...]:
+        """All axes that tokens are divided along."""
+        return (*self.tokens, self.expert) if self.expert else self.tokens
+
+    def token_spec(self) -> PartitionSpec:
+        """Of x [T, H], and of the result."""
+        return PartitionSpec(self.of_tokens or None)
+
+    def param_specs(self, params: MoEParams) -> MoEParams:
+        """Of the weights: a `PartitionSpec` for each, in both forms."""
+        served = isinstance(params.w_down, ScaledArray)
+        gate_up = [None, self.tensor, self.fsdp] if served else [self.fsdp, None, self.tensor]
+        down = [self.fsdp, self.tensor] if served else [self.tensor, self.fsdp]
+
+        def of(w, spec):
+            return jax.tree.map(lambda _: spec, w)
+
+        return MoEParams(
+            router=of(params.router, PartitionSpec()),
+            w_gate_up=of(params.w_gate_up, PartitionSpec(self.expert, *gate_up)),
+            w_down=of(params.w_down, PartitionSpec(self.expert, *down)),
+            bias=of(params.bias, PartitionSpec()),
+            shared_gate_up=of(params.shared_gate_up, PartitionSpec(*gate_up)),
+            shared_down=of(params.shared_down, PartitionSpec(*down)),
+        )
+
+    def gather(self, params: MoEParams) -> MoEParams:
+        """A device's weights with the parts of H that the others along `fsdp` have."""
+        if self.fsdp is None:
+            return params
+
+        def whole(w, spec):
+            if self.fsdp not in spec:
+                return w
+            return jax.lax.all_gather(w, self.fsdp, axis=spec.index(self.fsdp), tiled=True)
+
+        return jax.tree.map(whole, params, self.param_specs(params))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoEStats:
+    """What a step did, over all devices.
+
+    Attributes:
+      load: int32 [E], how many tokens chose each expert.
+      dropped: int32 [], how many choices found no room.
+    """
+
+    load: jax.Array
+    dropped: jax.Array
+
+
+def moe_layer(
+    x: Any,
+    params: MoEParams,
+    router: Router,
+    *,
+    valid: Any = None,
+    strategy: str | None = None,
+    axes: Axes | None = None,
+    capacity_factor: float | None = None,
+    dispatch_dtype: Any = None,
+    combine_dtype: Any = None,
+    layout: str = "contiguous",
+    chunks: int = 1,
+    recipe: Any = "fp8",
+    implementation: str | None = None,
+) -> tuple[jax.Array, MoEStats]:
+    r"""A mixture of experts, from hidden states to hidden states.
+
+    $$y_t = \text{MLP}_{\text{shared}}(x_t) + \sum_{e \in E_t} w_{te} \text{MLP}_e(x_t), \qquad
+    \text{MLP}(x) = (\text{silu}(x W^{gate}) \cdot x W^{up}) W^{down}$$
+
+    On a mesh it is called within `jax.shard_map`, on each device's tokens and weights, with `axes`
+    naming the mesh axes. How tokens get to the experts' devices is the strategy:
+
+    - `"all_gather"`: each device gathers all tokens and computes what its experts make of them.
+      Needs no capacity; bytes grow with the number of shards, so it is for few.
+    - `"all_to_all"`: a token goes to each shard that has experts of it, once. What a pair of
+      devices exchanges has a fixed capacity.
+    - `"ragged_all_to_all"`: the same, with as many bytes as there are tokens; XLA has a fast one
+      only for some machines, and refuses it between processes unless told not to.
+
+    Args:
+      x: bfloat16 or float32 [T, H].
+      params: the weights; from `MoEParams.quantize` to serve, without a gradient.
+      router: takes logits, float32 [T, E], and `params.bias`, and gives weights and experts, both
+        [T, k], an expert of -1 for none: `functools.partial(route, top_k=8)`. How exact logits are
+        is for `jax.default_matmul_precision` to say, as for any product of JAX.
+      valid: None, or booleans [T]: which tokens count. The others are padding: they go to no
+        expert and come back zero.
+      strategy: None where each device has all experts; or how tokens get to them.
+      axes: the mesh axes; not needed on one device.
+      capacity_factor: None for room for the worst case, where nothing is dropped; or how much room
+        there is as a multiple of what tokens spread evenly would need. It bounds memory. A choice
+        that finds none adds nothing to its token, and is counted.
+      dispatch_dtype: in which dtype tokens are sent: float8_e4m3fn, with a scale for each 128
+        channels, bfloat16 or float32. None is the first if the recipe's forward is in FP8, else
+        x's. So are gradients, sent to the experts.
+      combine_dtype: in which dtype the experts' sums come back, as are the tokens' gradients. None
+        is x's. Tokens' sums over devices are in float32.
+      layout: how rows are multiplied: "contiguous", sorted by expert; or "masked", for few tokens:
+        each expert has as many rows as there are tokens. Without a gradient.
+      chunks: how many parts tokens are divided into, so that XLA may send one while it computes
+        another.
+      recipe: precision of the products, as `training.grouped_mlp` takes it.
+      implementation: "cuda" for the kernels, "xla" for plain JAX, None for kernels where there are
+        some and plain JAX elsewhere.
+
+    Returns:
+      y, [T, H] of x's dtype; and the `MoEStats`, the same on all devices.
+
+    Raises:
+      ValueError: a strategy, layout or axes that there are not; weights that do not fit them.
+      NotImplementedError: ragged_all_to_all where XLA would refuse.
+
+    Example:
+
+        >>> import functools
+        >>> import jax, jax.numpy as jnp
+        >>> from deepgemm_jax.moe import MoEParams, moe_layer, route
+        >>> params = MoEParams.init(jax.random.key(0), hidden=128, intermediate=64, experts=4)
+        >>> x = jax.random.normal(jax.random.key(1), (6, 128))
+        >>> y, stats = moe_layer(x, params, functools.partial(route, top_k=2))
+        >>> print(y.shape, stats.load.sum(), stats.dropped)
+        (6, 128) 12 0
+    """
+    axes = axes or Axes()
+    _check(strategy, layout, axes)
+    x = jnp.asarray(x)
+    params = axes.gather(params)
+    served = isinstance(params.w_down, ScaledArray)
+    in_fp8 = served or Recipe.of("moe_layer", recipe).forward == "fp8"
+    call = _Call(
+        strategy,
+        axes,
+        capacity_factor,
+        dispatch_dtype or (jnp.float8_e4m3fn if in_fp8 else x.dtype),
+        combine_dtype or x.dtype,
+        layout,
+        recipe,
+        implementation,
+    )
+    parts = [
+        call.experts_of(part, params, *_choose(router, params, part, counts))
+        for part, counts in zip(_parts(x, chunks), _parts(valid, chunks), strict=True)
+    ]
+    out = jnp.concatenate([y for y, _ in parts])
+    stats = jax.tree.map(lambda *each: sum(each), *(stats for _, stats in parts))
+    if params.shared_down is not None:
+        out += call.shared_expert(x, params)
+    if axes.tensor:
+        out = jax.lax.psum(out, axes.tensor)
+    if valid is not None:
+        out = jnp.where(valid[:, None], out, 0)
+    if axes.of_tokens:
+        stats = jax.lax.psum(stats, axes.of_tokens)
+    return out.astype(x.dtype), stats
+
+
+def _check(strategy: str | None, layout: str, axes: Axes) -> None:
+    if strategy not in (None, *STRATEGIES) or layout not in LAYOUTS:
+        raise ValueError(
+            f"moe_layer: strategy is {strategy!r} and layout {layout!r}, wanted None or one of "
+            f"{', '.join(STRATEGIES)}, and one of {', '.join(LAYOUTS)}"
+        )
+    if (strategy is None) != (axes.expert is None):
+        raise ValueError(
+            f"moe_layer: strategy is {strategy!r} for the expert axis {axes.expert!r}, wanted both "
+            "or neither"
+        )
+
+
+def _parts(x: Any, chunks: int) -> list[Any]:
+    return [None] * chunks if x is None else jnp.array_split(x, chunks)
+
+
+def _choose(
+    router: Router, params: MoEParams, x: jax.Array, valid: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens' experts, -1 for none, and weights."""
+    weights, experts = router(x.astype(jnp.float32) @ params.router, params.bias)
+    # A router may do without the logits.
+    weights, experts, _ = compat.vary_alike([weights, experts, x])
+    exists = (experts >= 0) & (experts < params.router.shape[1])
+    if valid is not None:
+        exists &= valid[:, None]
+    return jnp.where(exists, experts, -1), jnp.where(exists, weights, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is static of a call."""
+
+    strategy: str | None
+    axes: Axes
+    capacity_factor: float | None
+    dispatch_dtype: Any
+    combine_dtype: Any
+    layout: str
+    recipe: Any
+    implementation: str | None
+
+    def experts_of(
+        self, x: Any, params: MoEParams, experts: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, MoEStats]:
+        """The routed experts' sums, float32 [T, H], and this device's part of what is counted."""
+        num_experts, local = params.router.shape[1], params.w_down.shape[0]
+        axis = self.axes.expert
+        shards = jax.lax.axis_size(axis) if axis else 1
+        if local * shards != num_experts:
+            raise ValueError(
+                f"moe_layer: w_down has {local} experts on each of {shards} shards, router has "
+                f"{num_experts}"
+            )
+        tokens, k = experts.shape
+        load = expert_load(experts, num_experts)
+        arriving = tokens * shards
+        if self.strategy and axis:
+            room = self._room(tokens, tokens * k / shards)
+            if self.strategy != "all_gather":
+                arriving = shards * room
+            way = exchange(self.strategy, axis, shards, experts, local, room)
+            dtypes = self.dispatch_dtype, self.combine_dtype
+            if isinstance(params.w_down, ScaledArray) and dtypes[0] == jnp.float8_e4m3fn:
+                x = scaled(x, self.implementation)
+            x = to_shards(way, x, *dtypes)
+            # What arrives in a row that is nobody's is zero.
+            experts = to_shards(way, experts + 1) - 1
+            weights = to_shards(way, weights)
+            experts -= jax.lax.axis_index(axis) * local
+        y, computed = local_experts(
+            x,
+            experts,
+            weights,
+            params.w_gate_up,
+            params.w_down,
+            rows=self._room(arriving, tokens * shards * k / num_experts)
+            if self.layout == "masked"
+            else self._room(arriving * min(k, local), tokens * k),
+            layout=self.layout,
+            recipe=self.recipe,
+            implementation=self.implementation,
+        )
+        if self.strategy:
+            y = from_shards(way, y, dtypes[1], dtypes[0])
+        return y, MoEStats(load, load.sum() - computed)
+
+    def _room(self, most: int, evenly: float) -> int:
+        """How many of something to make room for that there are at most and on average so many."""
+        factor = self.capacity_factor
+        return most if factor is None else min(most, math.ceil(factor * evenly))
+
+    def shared_expert(self, x: jax.Array, params: MoEParams) -> jax.Array:
+        gate_up, down = jax.tree.map(lambda w: w[None], (params.shared_gate_up, params.shared_down))
+        y = mlp(
+            x,
+            gate_up,
+            down,
+            jnp.full(1, len(x), jnp.int32),
+            None,
+            recipe=self.recipe,
+            implementation=self.implementation,
+        )
+        return y.astype(jnp.float32)

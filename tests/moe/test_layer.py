@@ -1,0 +1,92 @@
+"""The layer on one device."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from moe.cases import (
+    BIASES,
+    EXPERTS,
+    TOKENS,
+    TOP_K,
+    dense,
+    error,
+    problem,
+    router,
+    value_and_gradients,
+)
+
+from deepgemm_jax.moe import Axes, MoEParams, drop_over_capacity, moe_layer
+
+# Relative, of rounding to 8 bits of mantissa and to FP8's 4.
+TOLERANCE = {"bf16": 0.01, "fp8": 0.1}
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+def test_result_and_gradients(recipe):
+    x, params, d = problem(shared=128)
+    valid = np.arange(TOKENS) % 7 != 3
+    layer = functools.partial(moe_layer, router=router, recipe=recipe)
+    both = value_and_gradients(lambda x, params, valid: layer(x, params, valid=valid))
+    reference = value_and_gradients(dense)
+    for name, bias in BIASES.items():
+        params = dataclasses.replace(params, bias=jnp.asarray(bias, jnp.float32))
+        (y, stats), gradients = both(x, params, d, valid)
+        wanted, wanted_gradients = reference(x, params, d, valid)
+        assert error(y, wanted) < TOLERANCE[recipe], name
+        assert error(gradients, wanted_gradients) < TOLERANCE[recipe], name
+        assert (np.asarray(y)[~valid] == 0).all()
+        assert stats.load.sum() == valid.sum() * TOP_K
+        assert stats.dropped == 0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "masked"])
+def test_serving(layout):
+    """With weights in FP8, by blocks."""
+    x, params, _ = problem(shared=128)
+    layer = jax.jit(functools.partial(moe_layer, router=router, layout=layout))
+    y, stats = layer(x.astype(jnp.bfloat16), params.quantize())
+    assert y.dtype == jnp.bfloat16
+    assert error(y, dense(x, params)) < TOLERANCE["fp8"]
+    assert stats.dropped == 0
+
+
+def test_decoding_in_bfloat16_with_room_for_few():
+    """Each expert has its first tokens, and the others do without."""
+    x, params, _ = problem()
+    factor = 4 * EXPERTS / (TOKENS * TOP_K)  # room for 4
+
+    @jax.jit
+    def layer(x, params):
+        return moe_layer(x, params, router, layout="masked", recipe="bf16", capacity_factor=factor)
+
+    y, stats = layer(x, params)
+    assert stats.load.min() > 4
+    assert stats.dropped == TOKENS * TOP_K - 4 * EXPERTS
+
+    def limited(logits, bias):
+        weights, experts = router(logits, bias)
+        kept = drop_over_capacity(experts, EXPERTS, 4)
+        return jnp.where(kept < 0, 0, weights), experts
+
+    wanted, _ = jax.jit(lambda x: moe_layer(x, params, limited, recipe="bf16"))(x)
+    assert error(y, wanted) < TOLERANCE["bf16"]
+
+
+def test_what_does_not_fit_is_refused():
+    x, params, _ = problem()
+    with pytest.raises(ValueError, match="strategy is 'scatter'"):
+        moe_layer(x, params, router, strategy="scatter")
+    with pytest.raises(ValueError, match="wanted both or neither"):
+        moe_layer(x, params, router, strategy="all_gather")
+    with pytest.raises(ValueError, match="wanted both or neither"):
+        moe_layer(x, params, router, axes=Axes(expert="expert"))
+    more = dataclasses.replace(params, router=jnp.zeros((256, 12)), bias=None)
+    with pytest.raises(ValueError, match="8 experts on each of 1 shards, router has 12"):
+        moe_layer(x, more, router)
+    small = MoEParams.init(jax.random.key(0), hidden=64, intermediate=64, experts=2)
+    with pytest.raises(ValueError, match="multiples of 128"):
+        small.quantize()

@@ -1,0 +1,146 @@
+"""The layer on meshes of eight CPU devices: every strategy gives what one device gives."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from moe.cases import BIASES, HIDDEN, TOKENS, dense, error, problem, router, value_and_gradients
+
+from deepgemm_jax.moe import Axes, MoEParams, moe_layer
+
+FSDP = Axes(expert="y", tokens=("x",), fsdp="x")
+TENSOR = Axes(expert="y", tensor="x")
+
+
+def sharded(axes, params, **options):
+    """The layer of arrays on the current mesh, checked for what varies where."""
+    layer = functools.partial(moe_layer, router=router, axes=axes)
+    tokens = axes.token_spec()
+    return jax.shard_map(
+        lambda x, params, valid: layer(x, params, valid=valid, **options),
+        in_specs=(tokens, axes.param_specs(params), tokens),
+        out_specs=(tokens, P()),
+        check_vma=True,
+    )
+
+
+def put(x, params, d, *more, axes):
+    specs = (axes.token_spec(), axes.param_specs(params), *[axes.token_spec()] * (1 + len(more)))
+    shardings = jax.tree.map(lambda spec: NamedSharding(jax.sharding.get_mesh(), spec), specs)
+    return jax.device_put((x, params, d, *more), shardings)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Results and gradients on one device, of each case, tokens of no worth among them."""
+    x, params, d = problem(shared=128)
+    valid = np.arange(TOKENS) < TOKENS - 5
+    both = value_and_gradients(
+        lambda x, params, valid: moe_layer(x, params, router, valid=valid, recipe="bf16")
+    )
+    cases = {}
+    for name, bias in BIASES.items():
+        params = dataclasses.replace(params, bias=jnp.asarray(bias, jnp.float32))
+        operands = x, params, d, valid
+        cases[name] = operands, both(*operands)
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("strategy", "axes", "kind", "chunks"),
+    [
+        ("all_gather", TENSOR, AxisType.Explicit, 2),
+        ("all_to_all", FSDP, AxisType.Auto, 1),
+        ("ragged_all_to_all", FSDP, AxisType.Explicit, 1),
+    ],
+)
+def test_result_and_gradients(mesh, one_device, strategy, axes, kind, chunks):
+    with mesh(kind):
+        both = None
+        for name, (operands, wanted) in one_device.items():
+            operands = put(*operands, axes=axes)
+            both = both or value_and_gradients(
+                sharded(axes, operands[1], strategy=strategy, recipe="bf16", chunks=chunks)
+            )
+            (y, stats), gradients = both(*operands)
+            (wanted_y, wanted_stats), wanted_gradients = wanted
+            # The products are in bfloat16, and their terms may be added in another order.
+            assert error(y, wanted_y) < 1e-3, name
+            assert error(gradients, wanted_gradients) < 1e-3, name
+            np.testing.assert_array_equal(stats.load, wanted_stats.load)
+            assert stats.dropped == 0
+
+
+def test_fp8_on_the_wire_both_ways(mesh):
+    x, params, d = problem()
+    valid = np.ones(TOKENS, bool)
+    wanted = value_and_gradients(dense)(x, params, d, valid)
+    with mesh(AxisType.Auto):
+        operands = put(x, params, d, valid, axes=TENSOR)
+        both = value_and_gradients(
+            sharded(TENSOR, params, strategy="all_to_all", combine_dtype=jnp.float8_e4m3fn)
+        )
+        lowered = both.lower(*operands)
+        (y, _), gradients = lowered.compile()(*operands)
+    assert error(y, wanted[0]) < 0.1
+    assert error(gradients, wanted[1]) < 0.15
+    sent = re.findall(rf"all_to_all.* tensor<\d+x{HIDDEN}x(\w+)>\n", lowered.as_text())
+    assert set(sent) == {"f8E4M3FN"}
+
+
+def to_one_expert(logits, bias):
+    return jnp.ones((len(logits), 1)), jnp.full((len(logits), 1), 2)
+
+
+@pytest.fixture(scope="module")
+def served():
+    """Weights to serve, and what one device makes of tokens that all go to one expert."""
+    x, params, _ = problem()
+    params = jax.jit(MoEParams.quantize)(params)
+    y, _ = jax.jit(lambda x, params: moe_layer(x, params, to_one_expert))(x, params)
+    return x, params, np.asarray(y)
+
+
+# Of 6 tokens of each device there is room for 12 of a shard's 24.
+FIRST_ARRIVED = np.arange(24) < 12
+FIRST_OF_EACH = np.arange(24) % 6 < 3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout", "factor", "kept"),
+    [
+        ("all_gather", "contiguous", 2, FIRST_ARRIVED),
+        ("all_to_all", "contiguous", 2, FIRST_OF_EACH),
+        # Here it is the expert, one of eight, that has no room.
+        ("all_to_all", "masked", 4, FIRST_ARRIVED),
+        ("ragged_all_to_all", "contiguous", 2, FIRST_ARRIVED),
+    ],
+)
+def test_what_finds_no_room_adds_nothing(mesh, served, strategy, layout, factor, kept):
+    x, params, wanted = served
+    with mesh(AxisType.Auto):
+        layer = functools.partial(
+            moe_layer,
+            router=to_one_expert,
+            strategy=strategy,
+            axes=FSDP,
+            capacity_factor=factor,
+            layout=layout,
+        )
+        y, stats = jax.jit(
+            jax.shard_map(
+                layer,
+                in_specs=(FSDP.token_spec(), FSDP.param_specs(params)),
+                out_specs=(FSDP.token_spec(), P()),
+                check_vma=True,
+            )
+        )(x, params)
+    kept = np.tile(kept, 2)
+    assert error(y, np.where(kept[:, None], wanted, 0)) < 1e-5
+    assert stats.dropped == (~kept).sum()

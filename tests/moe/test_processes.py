@@ -1,0 +1,18 @@
+"""The layer over processes that meet through `jax.distributed`."""
+
+from pathlib import Path
+
+import pytest
+from processes import finish, free_address, start
+
+LAYER = Path(__file__).with_name("layer_process.py").read_text()
+
+
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "all_to_all"), (4, "all_gather")])
+def test_result_and_gradients(processes, strategy):
+    address = free_address()
+    flags = "--xla_force_host_platform_device_count=1"
+    started = [
+        start(LAYER, address, i, processes, strategy, XLA_FLAGS=flags) for i in range(processes)
+    ]
+    assert [finish(process) for process in started] == ["close"] * processes
