@@ -130,6 +130,35 @@ class ScaledArray:
                 )
         return ScaledArray(self.data[tuple(of_data)], self.scale[tuple(of_scale)])
 
+    @classmethod
+    def from_qwix(cls, x: Any) -> "ScaledArray":
+        """The same numbers as a `qwix.QArray` without a zero point.
+
+        ValueError if it has one, or scales for blocks of other lengths than 1, 128 and all of a
+        dim.
+        """
+        if x.zero_point is not None:
+            raise ValueError("ScaledArray: the QArray has a zero point")
+        result = cls(x.qvalue, x.scale)
+        blocks = tuple(n // entries for n, entries in zip(x.shape, x.scale.shape, strict=True))
+        if result.recipe != blocks:
+            raise ValueError(f"ScaledArray: the QArray has a scale for every {blocks} elements")
+        return result
+
+    def to_qwix(self) -> Any:
+        """The same numbers as a `qwix.QArray`; packed scales become float32.
+
+        ValueError where a block is partial, which a QArray cannot have. Needs qwix installed.
+        """
+        from qwix import QArray
+
+        scale = self.scale
+        if self._is_packed():
+            scale = unpack_ue8m0(scale)[..., : -(-self.shape[-1] // BLOCK)]
+        if any(n % block for n, block in zip(self.shape, self.recipe, strict=True)):
+            raise ValueError(f"{self!r} has a partial block, and a QArray only whole ones")
+        return QArray(self.data, scale)
+
     def __repr__(self) -> str:
         return f"ScaledArray({_brief(self.data)}, scale={_brief(self.scale)})"
 

@@ -163,3 +163,52 @@ def test_checkpoint_round_trip(tmp_path, packed):
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     abstract = jax.eval_shape(lambda state: state, state)
     assert repr(abstract["layer"][0]) == repr(w)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_orbax_round_trip(tmp_path, packed):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    w = random_matrix(np.random.default_rng(0), 130, 700, 128, batch=(2,))
+    if packed:
+        w = ScaledArray(w.data, scaled.pack_ue8m0(np.exp2(np.round(w.scale))))
+    state = {"layer": [jax.tree.map(jnp.asarray, w)], "step": jnp.int32(7)}
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", state)
+    assert isinstance(restored["layer"][0], ScaledArray)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+@pytest.mark.parametrize(
+    ("data", "scale"),
+    [((3, 256), (3, 2)), ((2, 256, 384), (2, 2, 3)), ((256, 5), (2, 5)), ((4, 6), (1, 1))],
+)
+def test_qwix_round_trip(data, scale):
+    qwix = pytest.importorskip("qwix")
+    rng = np.random.default_rng(0)
+    x = ScaledArray(
+        jnp.asarray(rng.normal(size=data), jnp.float8_e4m3fn),
+        jnp.asarray(rng.lognormal(size=scale), jnp.float32),
+    )
+    q = x.to_qwix()
+    np.testing.assert_array_equal(qwix.dequantize(q), x.dequantize())
+    back = ScaledArray.from_qwix(q)
+    assert back.recipe == x.recipe
+    jax.tree.map(np.testing.assert_array_equal, back, x)
+
+
+def test_what_qwix_quantised_and_what_it_cannot_hold():
+    qwix = pytest.importorskip("qwix")
+    x = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
+    fp8 = jnp.float8_e4m3fn
+    q = qwix.quantize(x, fp8, channelwise_axes=[0], tiled_axes={1: 128})
+    np.testing.assert_array_equal(ScaledArray.from_qwix(q).dequantize(), qwix.dequantize(q))
+    for columns, tile in ((256, 64), (130, 65)):
+        q = qwix.quantize(x[:, :columns], fp8, channelwise_axes=[0], tiled_axes={1: tile})
+        with pytest.raises(ValueError, match="^ScaledArray: .*scale"):
+            ScaledArray.from_qwix(q)
+    with pytest.raises(ValueError, match="partial block"):
+        ScaledArray(jnp.ones((4, 200), fp8), jnp.ones((4, 2))).to_qwix()
+    packed = ScaledArray(jnp.ones((4, 256), fp8), scaled.pack_ue8m0(jnp.full((4, 2), 0.5)))
+    np.testing.assert_array_equal(qwix.dequantize(packed.to_qwix()), packed.dequantize())
