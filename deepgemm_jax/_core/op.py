@@ -55,6 +55,7 @@ class Op:
       reference: `(params, *operands)` -> list of results, in plain JAX: the lowering wherever
         there is no kernel.
       kernel: the lowering on a GPU, if there is one.
+      composed: whether the reference is made of other ops, which look for kernels of their own.
       derivative: why there is none and what to do instead, for who asks for one.
       check: `(params, operands)`, raises for what the signature does not say.
       batched: whether reference and kernel take one batch dim in front of all arrays.
@@ -74,6 +75,7 @@ class Op:
         reference: Callable,
         derivative: str,
         kernel: Kernel | None = None,
+        composed: bool = False,
         limits: Mapping[str, tuple[int, int]] | None = None,
         check: Callable | None = None,
         batched: bool = False,
@@ -85,6 +87,7 @@ class Op:
         self.name = name
         self.reference = reference
         self.kernel = kernel
+        self.composed = composed
         self.derivative = derivative
         self.check = check
         self.divide = divide
@@ -173,7 +176,7 @@ class Op:
         return compat.lower_fun(function)(ctx, *operands)
 
     def _has_kernel(self, arch: str, params: Params, on_gpu: bool) -> bool:
-        if params.implementation == "xla":
+        if params.implementation == "xla" or self.composed:
             return False
         archs = self.kernel.archs if self.kernel else ()
         if arch in archs:
