@@ -9,6 +9,7 @@
 #include <map>
 #include <string>
 
+#include "attention/handler.h"
 #include "gemm/handler.h"
 #include "jit/compile.h"
 #include "jit/cuda.h"
@@ -48,14 +49,21 @@ NB_MODULE(_C, m) {
   m.def("registrations", [] {
     nb::dict targets;
     targets["deepgemm_jax_gemm"] = stages(GemmInstantiate, GemmInitialize, GemmExecute);
+    targets["deepgemm_jax_mqa_logits"] = stages(LogitsInstantiate, LogitsInitialize, LogitsExecute);
+    targets["deepgemm_jax_paged_mqa_logits"] =
+        stages(LogitsInstantiate, LogitsInitialize, PagedLogitsExecute);
+    targets["deepgemm_jax_topk"] = stages(TopkInstantiate, TopkInitialize, TopkExecute);
     return targets;
   });
   m.def("types", [] {
     nb::dict types;
     types["deepgemm_jax_gemm_state"] = type<GemmState>();
+    types["deepgemm_jax_logits_state"] = type<LogitsState>();
+    types["deepgemm_jax_topk_state"] = type<TopkState>();
     return types;
   });
   m.def("gemm_smem_bytes", gemm_smem_bytes, nb::arg("config"));
+  m.def("logits_smem_bytes", logits_smem_bytes, nb::arg("config"));
 
   nb::class_<jit::Compilation>(m, "Compilation")
       .def_prop_ro(

@@ -11,7 +11,7 @@ import queue
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,18 @@ def warmup(*, jobs: int | None = None) -> int:
 
     ``jobs`` worker processes compile at once: by default as many as there are CPU cores.
     """
+    from .attention import config as attention
     from .gemm import config as gemm
 
-    return _warmup(gemm.SOURCE, gemm.variants(cuda_device()), jobs)
+    device = cuda_device()
+    return _warmup(
+        {
+            gemm.SOURCE: gemm.variants(device),
+            attention.LOGITS_SOURCE: attention.logits_variants(device),
+            attention.TOPK_SOURCE: attention.TOPK_VARIANTS,
+        },
+        jobs,
+    )
 
 
 def warmup_shapes(
@@ -151,12 +160,17 @@ def warmup_shapes(
         if m > 0
     ]
     device = cuda_device()
-    return _warmup(gemm.SOURCE, [gemm.choose(problem, device) for problem in problems], jobs)
+    return _warmup({gemm.SOURCE: [gemm.choose(problem, device) for problem in problems]}, jobs)
 
 
-def _warmup(source: str, configs: Iterable[Any], jobs: int | None) -> int:
+def _warmup(configs: Mapping[str, Iterable[Any]], jobs: int | None) -> int:
+    """Of each source, these configs."""
     arch = cuda_device().arch
-    variants = {Variant(source, dataclasses.astuple(config), arch) for config in configs}
+    variants = {
+        Variant(source, dataclasses.astuple(config), arch)
+        for source, of_source in configs.items()
+        for config in of_source
+    }
     with Progress("compile", len(variants)) as progress:
         compiled = compile_variants(variants, jobs=jobs, on_done=progress.advance)
     return sum(not result.cached for result in compiled)

@@ -27,10 +27,11 @@ def fp8_mqa_logits(
 ) -> jax.Array:
     r"""Scores every query against every key that it may see, summed over the heads.
 
-    $$\text{logits}_{ij} = \sum_h w_{ih} \max(0, s_j \sum_d q_{ihd} k_{jd})$$
+    $$\text{logits}_{ij} = s_j \sum_h w_{ih} \max(0, \sum_d q_{ihd} k_{jd})$$
 
     for keys j from `cu_seq_len_k_start[i]` to below `cu_seq_len_k_end[i]`, and −∞ for all others.
-    The scale of q, of which there is one for a query's head, is to be part of the weights.
+    The scale of q, of which there is one for a query's head, is to be part of the weights. A NaN in
+    q, the keys or the weights makes the logits NaN that it is part of.
 
     Args:
       q: float8_e4m3fn [S, H, D]; D is 32, 64 or 128.
@@ -53,8 +54,9 @@ def fp8_mqa_logits(
       TypeError: kv is no scaled array, or an operand has another dtype.
       ValueError: shapes that do not fit each other or the limits above; a dtype or implementation
         that there is not.
-      NotImplementedError: `implementation="cuda"` where there is no kernel; a derivative is asked
-        for. `mqa_logits` has one.
+      NotImplementedError: `implementation="cuda"` where there is no kernel, which is also so for
+        more than 128 heads and for a `vmap` over keys; a derivative is asked for. `mqa_logits` has
+        one.
 
     Under `jax.vmap` a batch of queries with the same keys is one call with more of them, and any
     other one call for each. On a mesh S, H and the batch may be divided among devices; dividing H
@@ -187,8 +189,8 @@ def fp8_paged_mqa_logits(
         Lengths above `max_context_len` or what the table has room for count as that.
       block_table: int32 [B, max_blocks]. Entries past a sequence's length are not followed, nor is
         anything outside the cache read.
-      schedule_meta: what `get_paged_mqa_logits_metadata` gives, or None. It divides a kernel's
-        work, and never changes the result; plain JAX does not need it.
+      schedule_meta: what `get_paged_mqa_logits_metadata` gives, or None. Only DeepGEMM needs it:
+        here each multiprocessor finds its share from the lengths themselves.
       max_context_len: the result's number of columns.
       clean_logits: False leaves the logits past a query's length unspecified; else they are −∞.
       logits_dtype: float32 or bfloat16.
@@ -202,8 +204,8 @@ def fp8_paged_mqa_logits(
       TypeError: an operand has another dtype.
       ValueError: shapes that do not fit each other or the limits above; a dtype or implementation
         that there is not.
-      NotImplementedError: `implementation="cuda"` where there is no kernel; a derivative is asked
-        for.
+      NotImplementedError: `implementation="cuda"` where there is no kernel, which is also so for
+        more than 128 heads and for a `vmap` over caches; a derivative is asked for.
 
     Under `jax.vmap` a batch that shares one cache is one call with more sequences. On a mesh B, N,
     H and the batch may be divided among devices, the cache not.
@@ -379,9 +381,10 @@ def indexer_topk(
         is one and plain JAX elsewhere.
 
     Returns:
-      Indices, int32 [S, k], the best first, of equals the one with the smaller index. A query that
-      sees fewer than k keys has −1 for the rest. With `return_scores` a tuple of these and the
-      scores, [S, k] of the logits' dtype (float32 given a tuple), −∞ where there is no key.
+      Indices, int32 [S, k], the best first, of equals the one with the smaller index; 0 is more
+      than −0, as in `jax.lax.top_k`. A query that sees fewer than k keys has −1 for the rest. With
+      `return_scores` a tuple of these and the scores, [S, k] of the logits' dtype (float32 given a
+      tuple), −∞ where there is no key.
 
     Raises:
       TypeError: an operand has another dtype, or is no scaled array.

@@ -4,13 +4,17 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from .._core.op import Op, Params
+from .._core.device import ARCHS
+from .._core.op import Kernel, Op, Params
 from . import reference
+from .config import MAX_HEADS, TopkConfig, choose_logits
 
 HEAD_DIMS = (32, 64, 128)
 BLOCK_KV = (32, 64)
 MAX_K = 2048
+CHUNK_BYTES = 2**28  # of logits, at a time, that are only selected from
 
 LOGITS_OPERANDS = {
     "q": "float8_e4m3fn[s h d]",
@@ -61,6 +65,28 @@ def _divide_heads(total, params, *operands):
     return [logits.astype(params.logits_dtype)]
 
 
+def _logits_kernel(target, q_dims):
+    def attributes(params, operands, device):
+        queries, heads = operands[0].shape[-3:-1]
+        config = choose_logits(queries, heads, device)
+        return {
+            "config": np.array(dataclasses.astuple(config), np.int64),
+            "arch": device.arch,
+            "num_sms": np.int64(device.num_sms),
+            "compressed": params.compressed,
+            "clean": params.clean_logits,
+        }
+
+    def refuses(params, operands):
+        q, *_ = operands
+        if q.shape[-2] > MAX_HEADS:
+            return f"more than {MAX_HEADS} heads"
+        # The kernels have code for it, which no GPU has run yet.
+        return "a batch of keys" if q.ndim > q_dims else None
+
+    return Kernel(target=target, archs=ARCHS, attributes=attributes, refuses=refuses)
+
+
 fp8_mqa_logits = Op(
     "fp8_mqa_logits",
     operands=LOGITS_OPERANDS,
@@ -68,6 +94,7 @@ fp8_mqa_logits = Op(
     limits={"h": (1, 1)},
     check=lambda params, operands: _check_head_dim("fp8_mqa_logits", operands[0]),
     reference=reference.fp8_mqa_logits,
+    kernel=_logits_kernel("deepgemm_jax_mqa_logits", q_dims=3),
     derivative="its operands are quantised. mqa_logits takes them in float and has one",
     batched=True,
     fold=("s",),
@@ -122,6 +149,7 @@ fp8_paged_mqa_logits = Op(
     limits={"n": (1, 1), "h": (1, 1), "blocks": (1, 1), "m": (1, 1)},
     check=_check_paged,
     reference=reference.fp8_paged_mqa_logits,
+    kernel=_logits_kernel("deepgemm_jax_paged_mqa_logits", q_dims=4),
     derivative="its operands are quantised, and it is for decoding. mqa_logits has one",
     batched=True,
     fold=("b",),
@@ -129,11 +157,18 @@ fp8_paged_mqa_logits = Op(
     divide=_divide_heads,
 )
 
+
+def _topk_attributes(params, operands, device):
+    config = TopkConfig(float32=int(params.logits_dtype == jnp.float32))
+    return {"config": np.array(dataclasses.astuple(config), np.int64), "arch": device.arch}
+
+
 indexer_topk = Op(
     "indexer_topk",
     operands={"logits": "float32|bfloat16[s t]"},
     results={"indices": "int32[s k]", "scores": "logits_dtype[s k]"},
     reference=reference.indexer_topk,
+    kernel=Kernel(target="deepgemm_jax_topk", archs=ARCHS, attributes=_topk_attributes),
     derivative="indices have none. Stop the logits' gradient, and take scores that are to have one "
     "from the logits by jnp.take_along_axis",
     fold=("s",),
@@ -145,7 +180,7 @@ def _logits_and_topk(params, q, kv, kv_scale, weights, start, end):
     """Of the other two ops, so that it has their kernels; a few queries' logits at a time."""
     keys = kv.shape[0]
     logits_params = LogitsParams(params.implementation, columns=keys)
-    rows = reference.CHUNK_BYTES // (4 * max(1, keys))
+    rows = CHUNK_BYTES // (4 * max(1, keys))
 
     def topk(q, weights, start, end):
         logits = fp8_mqa_logits(q, kv, kv_scale, weights, start, end, params=logits_params)
@@ -161,6 +196,7 @@ indexer_topk_of_inputs = Op(
     limits={"h": (1, 1)},
     check=lambda params, operands: _check_head_dim("indexer_topk", operands[0]),
     reference=_logits_and_topk,
+    composed=True,
     derivative="its operands are quantised and indices have none. mqa_logits has one for logits",
     batched=True,
     fold=("s",),

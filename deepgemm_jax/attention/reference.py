@@ -60,7 +60,7 @@ def relu(x):
 
 
 def _weighted_scores(q, kv, kv_scale, weights):
-    """relu(q · k) summed over the heads with their weights: [n h d], [t d] -> [n t]."""
+    """relu(q · k) summed over the heads with their weights, scaled: [n h d], [t d] -> [n t]."""
     # bfloat16 holds every float8 exactly, and is the fastest dot where there are tensor cores.
     scores = jnp.einsum(
         "nhd,td->nht",
@@ -69,7 +69,7 @@ def _weighted_scores(q, kv, kv_scale, weights):
         preferred_element_type=jnp.float32,
     )
     # A product and a sum, and not a dot, which TF32 would round.
-    return (relu(scores * kv_scale) * weights[..., None]).sum(1)
+    return (relu(scores) * weights[..., None]).sum(1) * kv_scale
 
 
 @each_of_batch(q_dims=3)

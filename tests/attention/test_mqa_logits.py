@@ -177,16 +177,32 @@ def test_implementation():
     np.testing.assert_array_equal(
         fp8_mqa_logits(*arguments, implementation="xla"), fp8_mqa_logits(*arguments)
     )
-    for platforms in (("cpu",), ("cuda",)):
-        kernel = jax.jit(functools.partial(fp8_mqa_logits, implementation="cuda"))
-        with pytest.raises(NotImplementedError, match="fp8_mqa_logits has no kernel for"):
-            kernel.trace(*arguments).lower(lowering_platforms=platforms)
+    kernel = jax.jit(functools.partial(fp8_mqa_logits, implementation="cuda"))
+    assert "custom_call @deepgemm_jax_mqa_logits" in lowered_for_cuda(kernel, arguments)
+    with pytest.raises(NotImplementedError, match="fp8_mqa_logits has no kernel for cpu"):
+        kernel(*arguments)
 
 
-def test_lowers_for_a_gpu_without_a_kernel():
-    arguments = random_problem(9, 5, 20).arguments
-    text = jax.jit(fp8_mqa_logits).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert "custom_call @deepgemm" not in text
+@pytest.mark.parametrize(
+    ("problem", "refused"),
+    [
+        (random_problem(9, 5, 20, h=129), "more than 128 heads"),
+        (random_problem(9, 5, 20, batch=(2,)), "a batch of keys"),
+    ],
+)
+def test_what_the_kernel_does_not_take(problem, refused):
+    def lowered(implementation):
+        function = functools.partial(fp8_mqa_logits, implementation=implementation)
+        batched = jax.vmap(function) if problem.q.ndim > 3 else function
+        return lowered_for_cuda(jax.jit(batched), problem.arguments)
+
+    assert "custom_call @deepgemm" not in lowered(None)
+    with pytest.raises(NotImplementedError, match=f"no kernel for {refused}"):
+        lowered("cuda")
+
+
+def lowered_for_cuda(function, arguments):
+    return function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def array(dtype, *shape):

@@ -185,6 +185,16 @@ def test_schedule_covers_every_split_once(platform, lengths, block_kv, sms):
     assert set(np.diff(places)) <= {len(splits) // sms, -(-len(splits) // sms)}
 
 
+def test_implementation():
+    (*operands, _, columns), _ = random_sequences(7, [10, 70], 2, 8, 32, 32, 3, 96)
+    call = functools.partial(fp8_paged_mqa_logits, schedule_meta=None, max_context_len=columns)
+    kernel = jax.jit(functools.partial(call, implementation="cuda"))
+    text = kernel.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call @deepgemm_jax_paged_mqa_logits" in text
+    with pytest.raises(NotImplementedError, match="fp8_paged_mqa_logits has no kernel for cpu"):
+        kernel(*operands)
+
+
 Q = jnp.zeros((2, 3, 8, 64), FLOAT8)
 CACHE = jnp.zeros((4, 64, 1, 68), jnp.uint8)
 W = jnp.zeros((6, 8))

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from oracles import FLOAT8, on_each_platform, put
 
 from deepgemm_jax import fp8_mqa_logits, indexer_topk
-from deepgemm_jax.attention import reference
+from deepgemm_jax.attention import op
 
 
 def best(logits, k):
-    """The k largest, equal ones in order; -1 where there is none."""
+    """The k largest, equal ones in order, 0 before -0; -1 where there is none."""
     logits = np.asarray(logits, np.float64)
     wide = np.pad(logits, ((0, 0), (0, k)), constant_values=-np.inf)
-    indices = np.argsort(-wide, axis=1, kind="stable")[:, :k]
+    indices = np.lexsort((np.signbit(wide), -wide), axis=1)[:, :k]
     scores = np.take_along_axis(wide, indices, 1)
     return np.where(np.isneginf(scores), -1, indices), scores
 
@@ -56,10 +56,10 @@ def test_of_many_keys(platform):
 
 
 @on_each_platform
-@pytest.mark.parametrize("chunk", [reference.CHUNK_BYTES, 4 * 50 * 3, 1])
+@pytest.mark.parametrize("chunk", [op.CHUNK_BYTES, 4 * 50 * 3, 1])
 @pytest.mark.parametrize("k", [1, 20, 70])
 def test_of_inputs(platform, monkeypatch, chunk, k):
-    monkeypatch.setattr(reference, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(op, "CHUNK_BYTES", chunk)
     arguments = put(random_problem(1, 16, 50).arguments, platform)
     top = jax.jit(lambda arguments: indexer_topk(arguments, k, return_scores=True))
     check(top(arguments), fp8_mqa_logits(*arguments), k)
@@ -132,9 +132,10 @@ def test_derivative_says_what_to_do_instead():
         jax.grad(loss)(X)
 
 
-def test_lowers_for_a_gpu_without_a_kernel():
-    for logits in (X, INPUTS):
-        traced = jax.jit(lambda x: indexer_topk(x, 4)).trace(logits)
-        assert "custom_call @deepgemm" not in traced.lower(lowering_platforms=("cuda",)).as_text()
-        with pytest.raises(NotImplementedError, match="indexer_topk has no kernel for cpu"):
-            indexer_topk(logits, 4, implementation="cuda")
+@pytest.mark.parametrize(("logits", "kernels"), [(X, ["topk"]), (INPUTS, ["mqa_logits", "topk"])])
+def test_implementation(logits, kernels):
+    kernel = jax.jit(lambda x: indexer_topk(x, 4, implementation="cuda"))
+    text = kernel.trace(logits).lower(lowering_platforms=("cuda",)).as_text()
+    assert all(f"custom_call @deepgemm_jax_{name}" in text for name in kernels)
+    with pytest.raises(NotImplementedError, match="has no kernel for cpu"):
+        kernel(logits)

@@ -1,0 +1,115 @@
+// Which keys a CTA scores for which queries.
+//
+// A sequence's queries are taken `block_queries` at a time. The keys that any query of a block sees
+// are cut into tiles of `block_keys`; one unit of work more is what lies outside the tiles, which
+// only has to be filled. All units, block after block, are divided evenly among the CTAs, whatever
+// the starts and ends on the device are.
+#pragma once
+
+#include "attention/config.h"
+#include "device/ptx.cuh"
+
+namespace deepgemm::attention {
+
+// The keys that a query sees.
+__forceinline__ Range seen_keys(const Params& p, int query) {
+  const int begin = p.start ? min(max(p.start[query], 0), p.keys_end) : 0;
+  const int end = max(begin, min(p.end[query], p.keys_end));
+  return {begin, p.compressed ? begin + min(end - begin, p.columns) : end};
+}
+
+// A block of queries, and all tiles of keys that they see; by one thread, or by a warp's lanes.
+template <Config config, int lanes>
+__forceinline__ Part block_at(const Params& p, int index) {
+  const int blocks = ceil_div(p.queries, config.block_queries());  // of a sequence
+  Part part = {};
+  part.sequence = index / blocks;
+  const int skipped = index % blocks * config.block_queries();
+  part.query = part.sequence * p.queries + skipped;
+  part.queries = min(config.block_queries(), p.queries - skipped);
+  Range all = {0x7fffffff, 0};
+#pragma unroll 4
+  for (int i = 0; i < config.block_queries(); i += lanes) {
+    const int number = i + threadIdx.x % lanes;
+    const Range keys = seen_keys(p, part.query + min(number, part.queries - 1));
+    if (keys.begin == keys.end) continue;
+    all.begin = min(all.begin, keys.begin / config.block_keys());
+    all.end = max(all.end, ceil_div(keys.end, config.block_keys()));
+  }
+  if constexpr (lanes == 32) {
+    all.begin = __reduce_min_sync(0xffffffff, all.begin);
+    all.end = __reduce_max_sync(0xffffffff, all.end);
+  }
+  if (all.end) part.all = all;
+  return part;
+}
+
+__forceinline__ int units_of(const Params& p, const Part& block) {
+  return block.all.end - block.all.begin + p.clean;
+}
+
+// A CTA's share.
+struct Share {
+  int block;   // the next one
+  int unit;    // of it, the next one
+  int remain;  // units
+};
+
+// By all threads; `scratch` is shared memory for an integer of each warp.
+template <Config config>
+__forceinline__ Share share_of_cta(const Params& p, int* scratch) {
+  constexpr int warps = config.threads() / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int blocks = p.sequences * ceil_div(p.queries, config.block_queries());
+  const int each = ceil_div(blocks, config.threads());
+  const int first = min(blocks, static_cast<int>(threadIdx.x) * each);
+  const int last = min(blocks, first + each);
+  int own = 0;
+  for (int i = first; i < last; ++i) own += units_of(p, block_at<config, 1>(p, i));
+
+  int sum = own;  // of the warp's threads up to this one
+  for (int step = 1; step < 32; step *= 2) {
+    const int left = __shfl_up_sync(0xffffffff, sum, step);
+    if (lane >= step) sum += left;
+  }
+  if (lane == 31) scratch[warp] = sum;
+  __syncthreads();
+  int before = sum - own, total = 0;
+  for (int i = 0; i < warps; ++i) {
+    if (i == warp) before += total;
+    total += scratch[i];
+  }
+  const int share = ceil_div(total, gridDim.x);
+  const int begin = min(total, static_cast<int>(blockIdx.x) * share);
+  __syncthreads();
+  if (before <= begin && begin < before + own) {
+    int block = first;
+    for (int units; (units = units_of(p, block_at<config, 1>(p, block))) <= begin - before;
+         ++block) {
+      before += units;
+    }
+    scratch[0] = block;
+    scratch[1] = begin - before;
+  }
+  __syncthreads();
+  return {scratch[0], scratch[1], min(share, total - begin)};
+}
+
+// By a warp.
+template <Config config>
+__forceinline__ Part next_part(const Params& p, Share& share) {
+  while (share.remain > 0) {
+    Part part = block_at<config, 32>(p, share.block++);
+    const int units = units_of(p, part);
+    const int taken = min(share.remain, units - share.unit);
+    part.tiles.begin = part.all.begin + share.unit;
+    part.tiles.end = min(part.all.end, part.tiles.begin + taken);
+    part.edges = p.clean && share.unit + taken == units;
+    share.unit = 0;
+    share.remain -= taken;
+    if (taken) return part;
+  }
+  return {};
+}
+
+}  // namespace deepgemm::attention
