@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 
-def shape(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(","))
+def shape(text: str) -> tuple:
+    return tuple(int(size) if size.isdigit() else size for size in text.split(","))
 
 
 def gemm_shape(text: str) -> tuple[int, int, int]:
-    m, n, k = shape(text)
+    m, n, k = map(int, shape(text))
     return m, n, k
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import gemm
+from . import attention, gemm
 from .case import Benchmark
 
 BENCHMARKS = [
@@ -33,6 +33,28 @@ BENCHMARKS = [
             (4096, 32768, 512),
             (4096, 7168, 16384),
             (4096, 4096, 7168),
+        ],
+    ),
+    Benchmark(
+        op="fp8_mqa_logits",
+        case=attention.fp8_mqa_logits,
+        chained=[],
+        shapes=[  # queries, keys, heads, depth, dtype of the logits
+            (2048, 4096, 64, 128, "float32"),
+            (4096, 8192, 64, 128, "float32"),
+            (4096, 8192, 64, 128, "bfloat16"),
+            (4096, 65536, 64, 128, "float32"),
+            (4096, 65536, 64, 128, "bfloat16"),
+        ],
+    ),
+    Benchmark(
+        op="fp8_paged_mqa_logits",
+        case=attention.fp8_paged_mqa_logits,
+        chained=[],
+        shapes=[  # sequences, queries of each, heads, depth, keys of each, dtype of the logits
+            (64, 1, 64, 128, 8192, "float32"),
+            (64, 2, 64, 128, 8192, "float32"),
+            (256, 1, 64, 128, 8192, "float32"),
         ],
     ),
 ]
