@@ -59,7 +59,7 @@ def test_many_tiles_of_many_queries():
         np.testing.assert_array_equal(jnp.isneginf(found), jnp.isneginf(wanted))
         seen = jnp.isfinite(wanted)
         size = jnp.sqrt(jnp.where(seen, wanted, 0) ** 2).mean()
-        assert jnp.where(seen, abs(found - wanted), 0).max() < 0.02 * size
+        assert jnp.where(seen, abs(found - wanted), 0).max() < 0.1 * size
 
 
 def test_topk_of_inputs_takes_a_gibibyte_at_most():
