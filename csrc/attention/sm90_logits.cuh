@@ -9,8 +9,7 @@
 //
 // Keys lie along the rows of wgmma, and queries and their heads along its columns: a thread then
 // holds a quarter of each query's heads for two keys. So the weights stay in registers for as long
-// as the queries do, and the sum over heads takes two instructions an element and few shuffles,
-// which another consumer's product hides.
+// as the queries do, and the sum over heads takes two instructions an element and few shuffles.
 //
 // Grid: one CTA a multiprocessor, each with an equal share of all tiles.
 #pragma once
