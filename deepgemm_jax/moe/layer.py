@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -104,22 +104,26 @@ class Axes:
     """The mesh axes that a layer inside of `jax.shard_map` is divided along.
 
     Attributes:
-      expert: that experts are divided along, and tokens too.
+      expert: that experts are divided along, and tokens too: one, or several, the slowest first.
+        Tokens then go along one after the other, such as once to each machine and on from there.
       tokens: further axes that tokens are divided along, `fsdp`'s name among them if there is one.
       tensor: that each expert's I is divided along. Tokens are the same along it.
       fsdp: that weights' H is divided along; they are gathered when they are used, and their
         gradients are reduce-scattered.
     """
 
-    expert: str | None = None
+    expert: str | tuple[str, ...] | None = None
     tokens: tuple[str, ...] = ()
     tensor: str | None = None
     fsdp: str | None = None
 
     @property
+    def of_experts(self) -> tuple[str, ...]:
+        return (self.expert,) if isinstance(self.expert, str) else self.expert or ()
+
+    @property
     def of_tokens(self) -> tuple[str, ...]:
-        """All axes that tokens are divided along."""
-        return (*self.tokens, self.expert) if self.expert else self.tokens
+        return *self.tokens, *self.of_experts
 
     def token_spec(self) -> PartitionSpec:
         """Of x [T, H], and of the result."""
@@ -176,7 +180,7 @@ def moe_layer(
     router: Router,
     *,
     valid: Any = None,
-    strategy: str | None = None,
+    strategy: str | Sequence[str] | None = None,
     axes: Axes | None = None,
     capacity_factor: float | None = None,
     dispatch_dtype: Any = None,
@@ -209,7 +213,8 @@ def moe_layer(
         is for `jax.default_matmul_precision` to say, as for any product of JAX.
       valid: None, or booleans [T]: which tokens count. The others are padding: they go to no
         expert and come back zero.
-      strategy: None where each device has all experts; or how tokens get to them.
+      strategy: None where each device has all experts; or how tokens get to them: for all of the
+        expert axes, or for each of them.
       axes: the mesh axes; not needed on one device.
       capacity_factor: None for room for the worst case, where nothing is dropped; or how much room
         there is as a multiple of what tokens spread evenly would need. It bounds memory. A choice
@@ -246,13 +251,17 @@ def moe_layer(
         (6, 128) 12 0
     """
     axes = axes or Axes()
-    _check(strategy, layout, axes)
+    strategies = _strategies(strategy, axes)
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f"moe_layer: layout is {layout!r}, wanted {' or '.join(map(repr, LAYOUTS))}"
+        )
     x = jnp.asarray(x)
     params = axes.gather(params)
     served = isinstance(params.w_down, ScaledArray)
     in_fp8 = served or Recipe.of("moe_layer", recipe).forward == "fp8"
     call = _Call(
-        strategy,
+        strategies,
         axes,
         capacity_factor,
         dispatch_dtype or (jnp.float8_e4m3fn if in_fp8 else x.dtype),
@@ -278,17 +287,20 @@ def moe_layer(
     return out.astype(x.dtype), stats
 
 
-def _check(strategy: str | None, layout: str, axes: Axes) -> None:
-    if strategy not in (None, *STRATEGIES) or layout not in LAYOUTS:
+def _strategies(strategy: str | Sequence[str] | None, axes: Axes) -> Sequence[str]:
+    """One for each expert axis."""
+    count = len(axes.of_experts)
+    each = [strategy] * count if isinstance(strategy, str) else list(strategy or ())
+    if len(each) != count or (strategy and not count):
         raise ValueError(
-            f"moe_layer: strategy is {strategy!r} and layout {layout!r}, wanted None or one of "
-            f"{', '.join(STRATEGIES)}, and one of {', '.join(LAYOUTS)}"
+            f"moe_layer: strategy is {strategy!r} for the expert axes {axes.of_experts}, wanted "
+            "one or one each, and none for none"
         )
-    if (strategy is None) != (axes.expert is None):
+    if unknown := set(each) - set(STRATEGIES):
         raise ValueError(
-            f"moe_layer: strategy is {strategy!r} for the expert axis {axes.expert!r}, wanted both "
-            "or neither"
+            f"moe_layer: strategy is {', '.join(sorted(unknown))}, wanted {', '.join(STRATEGIES)}"
         )
+    return each
 
 
 def _parts(x: Any, chunks: int) -> list[Any]:
@@ -312,7 +324,7 @@ def _choose(
 class _Call:
     """What is static of a call."""
 
-    strategy: str | None
+    strategies: Sequence[str]
     axes: Axes
     capacity_factor: float | None
     dispatch_dtype: Any
@@ -326,8 +338,7 @@ class _Call:
     ) -> tuple[jax.Array, MoEStats]:
         """The routed experts' sums, float32 [T, H], and this device's part of what is counted."""
         num_experts, local = params.router.shape[1], params.w_down.shape[0]
-        axis = self.axes.expert
-        shards = jax.lax.axis_size(axis) if axis else 1
+        shards = math.prod(map(jax.lax.axis_size, self.axes.of_experts))
         if local * shards != num_experts:
             raise ValueError(
                 f"moe_layer: w_down has {local} experts on each of {shards} shards, router has "
@@ -335,34 +346,39 @@ class _Call:
             )
         tokens, k = experts.shape
         load = expert_load(experts, num_experts)
-        arriving = tokens * shards
-        if self.strategy and axis:
-            room = self._room(tokens, tokens * k / shards)
-            if self.strategy != "all_gather":
-                arriving = shards * room
-            way = exchange(self.strategy, axis, shards, experts, local, room)
-            dtypes = self.dispatch_dtype, self.combine_dtype
-            if isinstance(params.w_down, ScaledArray) and dtypes[0] == jnp.float8_e4m3fn:
-                x = scaled(x, self.implementation)
+        dtypes = self.dispatch_dtype, self.combine_dtype
+        if isinstance(params.w_down, ScaledArray) and dtypes[0] == jnp.float8_e4m3fn:
+            x = scaled(x, self.implementation)
+        ways = []
+        sent, count = 1, num_experts  # shards that tokens came from, experts where they are now
+        for strategy, axis in zip(self.strategies, self.axes.of_experts, strict=True):
+            size = jax.lax.axis_size(axis)
+            count //= size
+            # Of so many tokens, spread evenly, those that have experts on one more shard.
+            evenly = tokens * sent * (1 - (1 - 1 / (sent * size)) ** k)
+            way = exchange(strategy, axis, size, experts, count, self._room(len(experts), evenly))
             x = to_shards(way, x, *dtypes)
             # What arrives in a row that is nobody's is zero.
-            experts = to_shards(way, experts + 1) - 1
+            experts = to_shards(way, experts + 1) - 1 - jax.lax.axis_index(axis) * count
+            experts = jnp.where((experts >= 0) & (experts < count), experts, -1)
             weights = to_shards(way, weights)
-            experts -= jax.lax.axis_index(axis) * local
+            ways.append(way)
+            sent *= size
+        masked = self.layout == "masked"
         y, computed = local_experts(
             x,
             experts,
             weights,
             params.w_gate_up,
             params.w_down,
-            rows=self._room(arriving, tokens * shards * k / num_experts)
-            if self.layout == "masked"
-            else self._room(arriving * min(k, local), tokens * k),
+            rows=self._room(len(experts), tokens * shards * k / num_experts)
+            if masked
+            else self._room(len(experts) * min(k, local), tokens * k),
             layout=self.layout,
             recipe=self.recipe,
             implementation=self.implementation,
         )
-        if self.strategy:
+        for way in reversed(ways):
             y = from_shards(way, y, dtypes[1], dtypes[0])
         return y, MoEStats(load, load.sum() - computed)
 

@@ -78,11 +78,13 @@ def test_decoding_in_bfloat16_with_room_for_few():
 
 def test_what_does_not_fit_is_refused():
     x, params, _ = problem()
-    with pytest.raises(ValueError, match="strategy is 'scatter'"):
-        moe_layer(x, params, router, strategy="scatter")
-    with pytest.raises(ValueError, match="wanted both or neither"):
+    with pytest.raises(ValueError, match="strategy is scatter, wanted all_gather"):
+        moe_layer(x, params, router, strategy="scatter", axes=Axes(expert="expert"))
+    with pytest.raises(ValueError, match="layout is 'dense'"):
+        moe_layer(x, params, router, layout="dense")
+    with pytest.raises(ValueError, match="wanted one or one each"):
         moe_layer(x, params, router, strategy="all_gather")
-    with pytest.raises(ValueError, match="wanted both or neither"):
+    with pytest.raises(ValueError, match="wanted one or one each"):
         moe_layer(x, params, router, axes=Axes(expert="expert"))
     more = dataclasses.replace(params, router=jnp.zeros((256, 12)), bias=None)
     with pytest.raises(ValueError, match="8 experts on each of 1 shards, router has 12"):

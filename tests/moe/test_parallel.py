@@ -16,6 +16,7 @@ from deepgemm_jax.moe import Axes, MoEParams, moe_layer
 
 FSDP = Axes(expert="y", tokens=("x",), fsdp="x")
 TENSOR = Axes(expert="y", tensor="x")
+MACHINES = Axes(expert=("x", "y"))
 
 
 def sharded(axes, params, **options):
@@ -58,6 +59,7 @@ def one_device():
         ("all_gather", TENSOR, AxisType.Explicit, 2),
         ("all_to_all", FSDP, AxisType.Auto, 1),
         ("ragged_all_to_all", FSDP, AxisType.Explicit, 1),
+        (("all_to_all", "all_gather"), MACHINES, AxisType.Auto, 1),
     ],
 )
 def test_result_and_gradients(mesh, one_device, strategy, axes, kind, chunks):
