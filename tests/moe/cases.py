@@ -20,14 +20,25 @@ BIASES = {
 }
 
 
-def problem(seed: int = 0, shared: int = 0):
-    """Tokens, parameters, and what a loss multiplies the result with."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    params = MoEParams.init(
-        keys[0], hidden=HIDDEN, intermediate=INTERMEDIATE, experts=EXPERTS, shared=shared
+def problem(shared: int = 0):
+    """Tokens, parameters, and what a loss multiplies the result with; NumPy's, which compile
+    nothing."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, fan_in=1):
+        return (rng.normal(size=shape) * fan_in**-0.5).astype(np.float32)
+
+    def mlp(width, *batch):
+        gate_up = normal(*batch, HIDDEN, 2, width, fan_in=HIDDEN)
+        return gate_up, normal(*batch, width, HIDDEN, fan_in=width)
+
+    params = MoEParams(
+        normal(HIDDEN, EXPERTS, fan_in=HIDDEN),
+        *mlp(INTERMEDIATE, EXPERTS),
+        np.zeros(EXPERTS, np.float32),
+        *(mlp(shared) if shared else ()),
     )
-    x, d = (jax.random.normal(key, (TOKENS, HIDDEN)) for key in keys[1:])
-    return x, params, d
+    return normal(TOKENS, HIDDEN), params, normal(TOKENS, HIDDEN)
 
 
 def dense(x, params, valid=None):

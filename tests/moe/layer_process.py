@@ -14,7 +14,7 @@ from deepgemm_jax.moe import Axes, moe_layer
 jax.config.update("jax_default_matmul_precision", "highest")
 address, process, processes, strategy = sys.argv[1:]
 jax.distributed.initialize(address, int(processes), int(process))
-x, params, d = jax.jit(problem)()
+x, params, d = problem()
 
 
 def both(layer):
