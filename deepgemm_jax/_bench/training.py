@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,12 +26,15 @@ from .timing import Timer, mean_us
 
 OP = "grouped_mlp forward + backward"
 SHAPE = (8, 4096, 7168, 2048)  # groups, rows of each in the mean, width, width of the gates
+LAYERS = 8
 FIELDS = (
     "us, bf16_us, xla_us: all kernels of the value and of all gradients, of grouped_mlp in FP8, of "
     "the same by ragged_dot in BF16, and by jax.lax.ragged_dot. {forward,dgrad,wgrad}_us: the two "
     "GEMMs of each alone, on operands quantised before; quantise_us: what is left of us. "
     "*_peak_mb: the program's arguments, results and temporary memory, as XLA assigns it. error: "
-    "of the gradients, the largest ‖FP8 - BF16‖ / ‖BF16‖."
+    "of the gradients, the largest ‖FP8 - BF16‖ / ‖BF16‖. compile_s, bf16_compile_s: XLA's and "
+    f"JAX's time for the gradient of a scan over {LAYERS} such layers under jax.checkpoint, with "
+    "kernels compiled before."
 )
 
 
@@ -61,6 +65,9 @@ def measure(groups: int, rows: int, width: int, gates: int, *, timer: Timer) -> 
     row["error"] = max(map(_relative_error, results[""], results["bf16_"]))
     for name, program in gemms(operands, sizes, d).items():
         row[f"{name}_us"] = mean_us(timer(compiled(program)), timer.calls)
+    row["compile_s"], row["bf16_compile_s"] = (
+        compile_s(recipe, operands, sizes) for recipe in ("fp8", "bf16")
+    )
     row["quantise_us"] = row["us"] - sum(row[f"{name}_us"] for name in GEMMS)
     return row
 
@@ -145,6 +152,23 @@ def gemms(operands: Sequence[jax.Array], sizes: jax.Array, d: jax.Array) -> dict
     }
 
 
+def compile_s(recipe: str, operands: Sequence[jax.Array], sizes: jax.Array) -> float:
+    x, *parameters = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands)
+    parameters = [jax.ShapeDtypeStruct((LAYERS, *a.shape), a.dtype) for a in parameters]
+
+    def loss(x, parameters, sizes):
+        @jax.checkpoint
+        def layer(x, p):
+            gate_up, down, router_weights = p
+            return x + grouped_mlp(x, gate_up, down, sizes, router_weights, recipe=recipe), None
+
+        return jax.lax.scan(layer, x, parameters)[0].astype(jnp.float32).sum()
+
+    start = time.perf_counter()
+    jax.jit(jax.grad(loss, (0, 1))).lower(x, parameters, sizes).compile()
+    return time.perf_counter() - start
+
+
 def peak_bytes(run: Any) -> int:
     memory = run.memory_analysis()
     return (
@@ -164,6 +188,10 @@ def report(row: Row) -> None:
     print(f"{OP} {shape}: {row['us'] / 1e3:.2f} ms, {row['tflops']:.0f} TFLOPS")
     for name in (*GEMMS, "quantise"):
         print(f"  {name:9} {row[f'{name}_us'] / 1e3:6.2f} ms  {row[f'{name}_us'] / row['us']:.0%}")
+    print(
+        f"  {LAYERS} layers compile in {row['compile_s']:.1f} s, "
+        f"{row['compile_s'] / row['bf16_compile_s']:.2f} × BF16's time"
+    )
     for name, what in (("bf16", "ragged_dot in BF16"), ("xla", "jax.lax.ragged_dot")):
         print(
             f"  {row[f'{name}_us'] / row['us']:.2f} × the speed of {what}, "
