@@ -4,8 +4,9 @@ Mixture-of-experts layers with a shared expert, top-4 routing by sigmoid scores,
 without an auxiliary loss: a bias on the scores, which no gradient sees, follows the loads. All of
 the layers' matrix products, forward and backward, are the package's. The text is generated.
 
-    python examples/train_moe.py               on a GPU
-    python examples/train_moe.py --tiny        anywhere, in a minute
+    python examples/train_moe.py                 on a GPU
+    python examples/train_moe.py --size small    on a CPU, in ten minutes
+    python examples/train_moe.py --size tiny     in a minute
 """
 
 import argparse
@@ -40,9 +41,13 @@ class Config:
     bias_rate: float = 1e-3  # of the balancing
 
 
-TINY = Config(
-    layers=2, width=64, heads=2, experts=16, expert_width=32, length=32, batch=4, steps=20
-)
+SIZES = {
+    "tiny": Config(
+        layers=2, width=64, heads=2, experts=16, expert_width=32, length=32, batch=4, steps=20
+    ),
+    "small": Config(layers=3, width=128, heads=4, experts=16, expert_width=64, length=96, batch=8),
+    "full": Config(),
+}
 
 
 def generate_text(characters: int, seed: int = 0) -> str:
@@ -194,7 +199,7 @@ def train(config: Config, recipe: str, seed: int = 0, verbose: bool = True) -> d
             start = time.perf_counter()
         if verbose and number % 50 == 0:
             print(f"{recipe}  step {number:4}  loss {loss:.4f}", flush=True)
-    losses = [float(loss) for loss in losses]
+    losses = [round(float(loss), 5) for loss in losses]
     seconds = (time.perf_counter() - start) / max(1, config.steps - 1)
     uneven = float((loads.max(1) / loads.mean(1)).max())
     return {"losses": losses, "seconds": seconds, "greatest_load_over_mean": uneven}
@@ -206,13 +211,33 @@ def final_loss(losses: list[float]) -> float:
     return sum(last) / len(last)
 
 
+def plot(runs: dict, title: str, file: str) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, (whole, difference) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure.suptitle(title)
+    for recipe, run in runs.items():
+        whole.plot(run["losses"], label=recipe.upper(), linewidth=1)
+    whole.set(xlabel="step", ylabel="loss", yscale="log")
+    whole.legend()
+    bf16, fp8 = (np.array(runs[recipe]["losses"]) for recipe in ("bf16", "fp8"))
+    difference.plot((fp8 / bf16 - 1) * 100, color="tab:orange", linewidth=0.8)
+    difference.axhline(0, color="0.6", linewidth=1)
+    difference.set(xlabel="step", ylabel="FP8's loss over BF16's, %")
+    figure.savefig(file, dpi=110)
+
+
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="a model and a run for a CPU")
+    parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--json", help="file to write the curves to")
+    parser.add_argument("--plot", help="file to draw them to")
     options = parser.parse_args(arguments)
-    config = TINY if options.tiny else Config()
+    config = SIZES[options.size]
     config = dataclasses.replace(config, steps=options.steps or config.steps)
     runs = {recipe: train(config, recipe) for recipe in ("bf16", "fp8")}
     final = {recipe: final_loss(run["losses"]) for recipe, run in runs.items()}
@@ -232,6 +257,11 @@ def main(arguments: list[str] | None = None) -> dict:
         }
         with open(options.json, "w") as file:
             json.dump({"about": about} | runs, file)
+    if options.plot:
+        title = (
+            f"{config.layers} layers of {config.experts} experts, {jax.devices()[0].device_kind}"
+        )
+        plot(runs, title, options.plot)
     return runs
 
 

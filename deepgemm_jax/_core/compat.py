@@ -60,6 +60,12 @@ def explicit_axes(mesh: AbstractMesh) -> set[str]:
     return {name for name, kind in axes if kind == AxisType.Explicit}
 
 
+def of_type(x: jax.Array, sharding: Any) -> jax.Array:
+    """x with this sharding where that is part of its type, as it is of a gradient's."""
+    same = not explicit_axes(sharding.mesh) or _type(x).sharding == sharding
+    return x if same else jax.sharding.reshard(x, sharding)
+
+
 def partitioned(ctx: LoweringContext, mesh: AbstractMesh) -> bool:
     """Whether XLA is to decide how what is lowered here is divided, given its operands' mesh.
 

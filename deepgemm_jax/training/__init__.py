@@ -5,7 +5,8 @@ What all of these do alike:
 - The gradient quantises what it needs by itself, along the dim that each product contracts. No FP8
   array is ever differentiated: `jax.grad` sees arrays of the dtypes that it was given.
 - Until the gradient is computed, activations are kept in FP8, as the gradient of the weight needs
-  them. Weights are kept as they are given, and are quantised again.
+  them. Weights are kept as they are given, and are quantised again. A policy of `jax.checkpoint`
+  may keep the activations by their name, "deepgemm_jax.activations".
 - `recipe` is "fp8", "bf16" or a `Recipe`, which says it for each product.
 - `main_grad` is None, or what the gradient of the weight is added to: float32, of the weight's
   shape. Then *its* gradient is the sum, and that of the weight is zero:
@@ -71,7 +72,7 @@ def fp8_dot(
         >>> import jax, jax.numpy as jnp
         >>> from deepgemm_jax import fp8_dot
         >>> x, w = jnp.ones((2, 3, 128), jnp.bfloat16), jnp.full((128, 256), 0.5)
-        >>> loss, dw = jax.value_and_grad(lambda w: fp8_dot(x, w).sum())(w)
+        >>> loss, dw = jax.jit(jax.value_and_grad(lambda w: fp8_dot(x, w).sum()))(w)
         >>> print(loss, dw.shape, dw.dtype, dw[0, 0])
         98304 (128, 256) float32 6.0
     """
@@ -79,9 +80,10 @@ def fp8_dot(
     x = _array(name, "x", x, (None,) * max(1, jnp.ndim(x)))
     w = _weight(name, "w", w, (x.shape[-1], None))
     main_grad = _main_grad(name, main_grad, w)
-    products = Products(Recipe.of(name, recipe), x.dtype, implementation)
-    x, w = _vary_alike(name, (x, w), main_grad)
-    y = linear.linear(products, x.reshape(-1, x.shape[-1]), w, None, main_grad)
+    rows = x.reshape(-1, x.shape[-1])
+    products = _products(name, rows, recipe, implementation)
+    rows, w = _vary_alike(name, (rows, w), main_grad)
+    y = linear.linear(products, rows, w, None, main_grad)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -126,17 +128,17 @@ def grouped_linear(
         >>> import jax, jax.numpy as jnp
         >>> from deepgemm_jax import grouped_linear
         >>> x, w, sizes = jnp.ones((5, 128)), jnp.ones((3, 128, 16)), jnp.array([3, 0, 1])
-        >>> y, pullback = jax.vjp(lambda x, w: grouped_linear(x, w, sizes), x, w)
-        >>> dx, dw = pullback(jnp.ones_like(y))
-        >>> print(y[:, 0].round(), dx[:, 0].round(), dw[:, 0, 0].round())
-        [128. 128. 128. 128.   0.] [16. 16. 16. 16.  0.] [3. 0. 1.]
+        >>> loss = lambda x, w: grouped_linear(x, w, sizes).sum()
+        >>> y, (dx, dw) = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w)
+        >>> print(y.round(), dx[:, 0].round(), dw[:, 0, 0].round())
+        8192.0 [16. 16. 16. 16.  0.] [3. 0. 1.]
     """
     name = "grouped_linear"
     x = _array(name, "x", x, (None, None))
     w = _weight(name, "w", w, (None, x.shape[-1], None))
     main_grad = _main_grad(name, main_grad, w)
     of = _groups(name, x.shape[0], group_sizes, group_offset, w.shape[0])
-    products = Products(Recipe.of(name, recipe), x.dtype, implementation)
+    products = _products(name, x, recipe, implementation)
     x, w, of = _vary_alike(name, (x, w, of), main_grad)
     return linear.linear(products, x, w, of, main_grad)
 
@@ -188,7 +190,8 @@ def grouped_mlp(
         >>> x, sizes = jnp.ones((4, 32)), jnp.array([2, 1])
         >>> gate_up, down = jnp.full((2, 32, 64), 1 / 32), jnp.ones((2, 32, 16))
         >>> router_weights = jnp.array([1.0, 0.5, 2.0, 1.0])
-        >>> print(grouped_mlp(x, gate_up, down, sizes, router_weights)[:, 0].round(1))
+        >>> y = jax.jit(grouped_mlp)(x, gate_up, down, sizes, router_weights)
+        >>> print(y[:, 0].round(1))
         [23.4 11.7 46.8  0. ]
     """
     name = "grouped_mlp"
@@ -204,7 +207,7 @@ def grouped_mlp(
     main_grads = (None, None) if main_grads is None else tuple(main_grads)
     main_grads = tuple(map(functools.partial(_main_grad, name), main_grads, weights))
     of = _groups(name, x.shape[0], group_sizes, group_offset, count)
-    products = Products(Recipe.of(name, recipe), x.dtype, implementation)
+    products = _products(name, x, recipe, implementation)
     operands = _vary_alike(name, (x, weights, of, router_weights), main_grads)
     return mlp.mlp(products, *operands, main_grads)
 
@@ -237,6 +240,12 @@ def _main_grad(name: str, main_grad: Any, w: jax.Array) -> jax.Array | None:
     if main_grad is None:
         return None
     return _array(name, "main gradient", main_grad, w.shape, [jnp.float32])
+
+
+def _products(
+    name: str, x: jax.Array, recipe: Recipe | str, implementation: str | None
+) -> Products:
+    return Products(Recipe.of(name, recipe), x.dtype, jax.typeof(x).sharding, implementation)
 
 
 def _groups(name: str, rows: int, group_sizes: Any, group_offset: Any, count: int) -> Groups:

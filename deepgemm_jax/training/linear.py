@@ -3,8 +3,10 @@
 import functools
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-from .products import Groups, Products
+from .._core import compat
+from .products import KEPT, Groups, Products
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -22,6 +24,7 @@ def linear(
 def _forward(products, x, w, of, main_grad):
     recipe = products.recipe
     rows, summed = products.operands(x, of, recipe.forward, recipe.wgrad)
+    summed = checkpoint_name(summed, KEPT)
     # The weight is kept as it is, which takes no memory, and is quantised once more for dgrad.
     return products.times(rows, w, of), (summed, w, of, main_grad)
 
@@ -32,7 +35,7 @@ def _backward(products, residuals, dy):
     rows, summed = products.operands(dy, of, recipe.dgrad, recipe.wgrad)
     dx = products.times(rows, w, of, transposed=True)
     dw, d_main_grad = products.sum(x, summed, of, w, main_grad)
-    return dx, dw, None, d_main_grad
+    return compat.of_type(dx, products.sharding), dw, None, d_main_grad
 
 
 linear.defvjp(_forward, _backward)

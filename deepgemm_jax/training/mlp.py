@@ -4,10 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from .._core import compat
 from ..quantize import per_token_cast_to_fp8, swiglu_quantize
 from ..scaled import ScaledArray
-from .products import Groups, Operand, Products
+from .products import KEPT, Groups, Operand, Products
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -46,6 +48,7 @@ def _forward(products, x, weights, of, router_weights, main_grads):
     h, out = _up_and_down(products, rows, weights, of, router_weights)
     if recipe.wgrad == "fp8":
         h = per_token_cast_to_fp8(h, implementation=products.implementation)
+    summed, h = checkpoint_name((summed, h), KEPT)
     return out, (summed, h, weights, of, router_weights, main_grads)
 
 
@@ -57,7 +60,8 @@ def _backward(products, residuals, d_out):
     if isinstance(h, ScaledArray):
         h = h.dequantize(products.dtype)
     y, pullback = jax.vjp(swiglu, h, router_weights)
-    dh, d_router_weights = pullback(dy.astype(y.dtype))
+    dy = compat.of_type(dy.astype(y.dtype), jax.typeof(y).sharding)
+    dh, d_router_weights = pullback(dy)
     _, y = products.operands(y.astype(products.dtype), of, "bf16", recipe.wgrad)
     rows, dh = products.operands(dh, of, recipe.dgrad, recipe.wgrad)
     dx = products.times(rows, gate_up, of, transposed=True)
@@ -66,6 +70,7 @@ def _backward(products, residuals, d_out):
         products.sum(y, d_out, of, down, main_grads[1]),
         strict=True,
     )
+    dx = compat.of_type(dx, products.sharding)
     return dx, d_weights, None, d_router_weights, d_main_grads
 
 

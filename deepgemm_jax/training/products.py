@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._core import compat
 from ..gemm import fp8_gemm_nt
 from ..grouped import (
     groups,
@@ -26,6 +27,7 @@ from .recipe import Recipe
 Operand = Any  # ScaledArray | jax.Array
 
 MULTIPLE = 16  # of the dim that an FP8 product contracts
+KEPT = "deepgemm_jax.activations"  # how policies of jax.checkpoint call what gradients need
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +57,8 @@ class Products:
     """The products of a layer; `of` is None where it is dense."""
 
     recipe: Recipe
-    dtype: Any  # of its result and of its input's gradient
+    dtype: Any  # of its input, its result and the input's gradient
+    sharding: Any  # of its input and its gradient
     implementation: str | None
 
     def operands(
@@ -135,6 +138,7 @@ class Products:
         else:
             dw = _dot(x.operand, dy.operand, (0, 0))
             dw = dw.astype(dtype) if main_grad is None else main_grad + dw
+        dw = compat.of_type(dw, jax.typeof(w if main_grad is None else main_grad).sharding)
         return (dw, None) if main_grad is None else (None, dw)
 
 

@@ -15,9 +15,10 @@ def example():
 
 
 def test_the_loss_falls(example, capsys):
-    run = example["train"](example["TINY"], "fp8")
+    config = example["SIZES"]["tiny"]
+    run = example["train"](config, "fp8")
     losses = run["losses"]
-    assert len(losses) == example["TINY"].steps
+    assert len(losses) == config.steps
     assert losses[0] == pytest.approx(np.log(256), abs=0.3)
     assert example["final_loss"](losses) < losses[0] - 1.5
     assert 1 <= run["greatest_load_over_mean"] < 8
@@ -31,6 +32,6 @@ def test_the_text_adds_up(example):
     for sentence in sums:
         had, more, now = (int(word) for word in sentence.split() if word.isdigit())
         assert had + more == now
-    tokens = example["batches"](example["TINY"])
+    tokens = example["batches"](example["SIZES"]["tiny"])
     assert tokens.shape == (20, 4, 33) and tokens.dtype == np.uint8
     assert (tokens < 128).all() and len(np.unique(tokens[:, :, 0])) > 10

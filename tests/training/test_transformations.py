@@ -88,7 +88,7 @@ def remat(policy):
 def test_scan_and_remat():
     x, *parameters, d = problem(1, LAYERS_IN_SCAN)
     x, d = x[0], d[0]
-    policies = [None, jax.checkpoint_policies.dots_saveable]
+    policies = [None, jax.checkpoint_policies.save_only_these_names("deepgemm_jax.activations")]
     found, *others = (
         jax.jit(jax.grad(functools.partial(through_layers, run), (0, 1)))(x, parameters, d)
         for run in (unrolled, *map(remat, policies))
@@ -150,6 +150,29 @@ def test_shard_map_over_groups(mesh):
         assert_close(tuple(run((x, *weights, router_weights))), wanted)
 
 
+@pytest.mark.parametrize(
+    ("axes", "specs"),
+    [
+        (AxisType.Auto, (P(), P(None, "x", "y"), P(None, "y", "x"), P())),
+        (AxisType.Explicit, (P("x"), P("y"), P("y"), P("x"))),
+    ],
+    ids=["Auto", "Explicit"],
+)
+def test_meshes_that_jit_knows(mesh, axes, specs):
+    *operands, d = problem(11)
+    wanted = gradients(*operands, d)
+    with mesh(axes):
+        put = [
+            jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), spec))
+            for x, spec in zip(operands, specs, strict=True)
+        ]
+        found = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*put, d)
+        assert_close(found, wanted)
+        if axes == AxisType.Explicit:
+            for x, dx in zip(put, found, strict=True):
+                assert dx.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
 # Main gradients.
 
 
@@ -169,15 +192,14 @@ def test_main_gradients_are_added_to_in_place():
     assert all(main_grad.is_deleted() for main_grad in main_grads)
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
-def test_main_gradients_through_microbatches_and_layers(recipe):
+def test_main_gradients_through_microbatches_and_layers():
     x, w = (a.astype(np.float32) for a in LAYERS["grouped_linear"].problem(5, M, K, K)[:2])
     dense = w[0]
     batches = np.stack([x, x[::-1]])
 
     def loss(weights, main_grads, x):
-        y = grouped_linear(x, weights[0], SIZES, recipe=recipe, main_grad=main_grads[0])
-        return (fp8_dot(y, weights[1], recipe=recipe, main_grad=main_grads[1]) ** 2).sum()
+        y = grouped_linear(x, weights[0], SIZES, main_grad=main_grads[0])
+        return (fp8_dot(y, weights[1], recipe="bf16", main_grad=main_grads[1]) ** 2).sum()
 
     @jax.jit
     def accumulated(weights, batches):
@@ -246,12 +268,28 @@ def test_nothing_narrow_is_differentiated():
     assert gradient.dtype == jax.dtypes.float0
 
 
+def residuals(function, *operands):
+    """The types of what the gradient needs of the forward pass."""
+    return jax.tree.leaves(jax.eval_shape(lambda *xs: jax.vjp(function, *xs)[1], *operands))
+
+
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])
 def test_what_is_kept_until_the_gradient(recipe):
     """Activations in FP8, or bfloat16, beside what the layer was given."""
     *operands, _ = (x.astype(jnp.bfloat16) for x in problem(9))
-    _, pullback = jax.vjp(lambda *xs: grouped_mlp(*xs[:3], SIZES, xs[3], recipe=recipe), *operands)
+    kept = residuals(lambda *xs: grouped_mlp(*xs[:3], SIZES, xs[3], recipe=recipe), *operands)
     given = {w.shape for w in operands[1:]}
-    kept = [x for x in jax.tree.leaves(pullback) if x.size >= M * K and x.shape not in given]
+    kept = [x for x in kept if x.size >= M * K and x.shape not in given]
     name = {"fp8": "float8_e4m3fn", "bf16": "bfloat16"}[recipe]
     assert [x.dtype.name for x in kept] == [name, name]
+
+
+def test_what_a_policy_keeps():
+    *operands, _ = problem(10)
+
+    def kept(policy):
+        layer = jax.checkpoint(lambda *xs: grouped_mlp(*xs[:3], SIZES, xs[3]), policy=policy)
+        return sum(x.dtype == jnp.float8_e4m3fn for x in residuals(layer, *operands))
+
+    assert kept(None) == 0
+    assert kept(jax.checkpoint_policies.save_only_these_names("deepgemm_jax.activations")) == 2
