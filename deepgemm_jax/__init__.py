@@ -10,7 +10,19 @@ from .attention import (
     indexer_topk,
     mqa_logits,
 )
-from .gemm import fp8_gemm_nt
+from .gemm import (
+    bf16_gemm_nn,
+    bf16_gemm_nt,
+    bf16_gemm_tn,
+    bf16_gemm_tt,
+    explain,
+    fp8_gemm_1d1d,
+    fp8_gemm_1d2d,
+    fp8_gemm_nn,
+    fp8_gemm_nt,
+    fp8_gemm_tn,
+    fp8_gemm_tt,
+)
 from .grouped import (
     k_grouped_bf16_gemm_nt_contiguous,
     k_grouped_bf16_gemm_tn_contiguous,
@@ -52,11 +64,21 @@ from .training import Recipe, fp8_dot, grouped_linear, grouped_mlp
 __all__ = [
     "Recipe",
     "ScaledArray",
+    "bf16_gemm_nn",
+    "bf16_gemm_nt",
+    "bf16_gemm_tn",
+    "bf16_gemm_tt",
     "cache_info",
     "clean_logits",
     "clear_cache",
     "fp8_dot",
+    "explain",
+    "fp8_gemm_1d1d",
+    "fp8_gemm_1d2d",
+    "fp8_gemm_nn",
     "fp8_gemm_nt",
+    "fp8_gemm_tn",
+    "fp8_gemm_tt",
     "fp8_mqa_logits",
     "fp8_paged_mqa_logits",
     "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor",

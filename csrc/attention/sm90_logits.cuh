@@ -260,7 +260,7 @@ __forceinline__ void multiply(const Params& p, Memory memory, const Part* parts,
       for (int i = 0; i < kStored; ++i) {
         scale[i] = load_shared(memory.scales(keys.slot) + (lane_key + 8 * i) * 4);
       }
-      wgmma_wait_all();
+      wgmma_wait<0>();
       pin(product);
       __syncwarp();
       if (lane == 0) barrier_arrive(memory.empty(keys.slot));

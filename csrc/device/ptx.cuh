@@ -131,8 +131,62 @@ __forceinline__ float load_shared(uint32_t shared) {
   return x;
 }
 
+__forceinline__ float2 load_shared_pair(uint32_t shared) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(shared));
+  return x;
+}
+
+__forceinline__ uint4 load_shared_quad(uint32_t shared) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(shared)
+               : "memory");
+  return x;
+}
+
+__forceinline__ unsigned short load_shared_half(uint32_t shared) {
+  unsigned short x;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(shared) : "memory");
+  return x;
+}
+
 __forceinline__ void store_shared(uint32_t shared, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(x) : "memory");
+}
+
+// Waits for `threads` threads that name the same number, 1 to 15.
+__forceinline__ void named_barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// ---- results ----------------------------------------------------------------------------------
+
+__forceinline__ uint32_t pack_bfloat16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__forceinline__ float bfloat16_to_float(unsigned short bits) {
+  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
+
+__forceinline__ void add(float* d, float x, float y) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(d), "f"(x), "f"(y)
+               : "memory");
+}
+
+__forceinline__ void add(float* d, float x) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(d), "f"(x) : "memory");
+}
+
+// Stores four 8 x 8 matrices of 16-bit elements; each lane gives the address of one row.
+__forceinline__ void stmatrix(uint32_t shared, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+               "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+               : "memory");
 }
 
 // ---- clusters, dependent launches, registers --------------------------------------------------

@@ -9,6 +9,8 @@ struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };
 
+enum Element { kE4M3, kE5M2, kBfloat16 };
+
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace deepgemm

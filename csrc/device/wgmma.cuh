@@ -1,5 +1,5 @@
-// Warpgroup matrix multiply: D[64, N] (+)= A[64, 32] * B[N, 32]^T on FP8 in shared memory, FP32 in
-// registers.
+// Warpgroup matrix multiply: D[64, N] (+)= A[64, K] * B[N, K]^T on operands in shared memory, FP32
+// in registers. K is 32 bytes: 32 elements of FP8, 16 of bfloat16.
 //
 // A thread of the warpgroup holds, for each chunk j of eight columns, d[4j .. 4j+3]:
 //   row 16 * warp + lane / 4      columns 8j + 2 * (lane % 4) + {0, 1}
@@ -10,12 +10,18 @@
 
 namespace deepgemm {
 
-// Describes a K-major tile of 128-byte rows with the 128-byte swizzle, as the copy engine writes
-// it; the tile starts at a multiple of 1024 bytes. Adding 2 moves 32 bytes along K.
-__forceinline__ uint64_t tile_descriptor(uint32_t shared) {
+// Describes a tile of 128-byte rows with the 128-byte swizzle, as the copy engine writes it; it
+// starts at a multiple of 1024 bytes.
+//
+// K-major: a row is of M or N. Adding 2 moves 32 bytes along K.
+// MN-major: a row is of K and holds 64 of M or N; the next 64 are `box_bytes` further. Adding 128
+// moves 16 rows along K.
+__forceinline__ uint64_t tile_descriptor(uint32_t shared, uint32_t box_bytes = 0) {
   constexpr uint64_t swizzle_128b = 1ull << 62;
   constexpr uint64_t eight_rows = (1024ull >> 4) << 32;
-  return swizzle_128b | eight_rows | shared >> 4;
+  // In a cluster an address names its CTA above these bits.
+  const uint32_t in_cta = shared & 0x3ffff;
+  return swizzle_128b | eight_rows | static_cast<uint64_t>(box_bytes >> 4) << 16 | in_cta >> 4;
 }
 
 __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -24,8 +30,10 @@ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-__forceinline__ void wgmma_wait_all() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+// Waits until at most so many of the groups committed last are in flight.
+template <int in_flight>
+__forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(in_flight) : "memory");
 }
 
 // Keeps the compiler from moving uses of registers that a wgmma in flight owns.
@@ -92,37 +100,60 @@ __forceinline__ void pin(float (&d)[count]) {
 #define DEEPGEMM_D_16 DEEPGEMM_D_15, DEEPGEMM_D(15)
 
 // `n` columns in `c` lists of eight registers; the operands after them are number i0, i1 and i2.
-#define DEEPGEMM_WGMMA(n, c, i0, i1, i2)                                                   \
-  if constexpr (columns == n)                                                              \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2                                    \
-               ", 0;\n"                                                                    \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 {" DEEPGEMM_R_##c \
-               "}, %" #i0 ", %" #i1 ", p, 1, 1;\n}"                                        \
-               : DEEPGEMM_D_##c                                                            \
+#define DEEPGEMM_WGMMA(types, majors, n, c, i0, i1, i2)                         \
+  if constexpr (columns == n)                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2                         \
+               ", 0;\n"                                                         \
+               "wgmma.mma_async.sync.aligned.m64n" #n types " {" DEEPGEMM_R_##c \
+               "}, %" #i0 ", %" #i1 ", p, 1, 1" majors ";\n}"                   \
+               : DEEPGEMM_D_##c                                                 \
                : "l"(a), "l"(b), "r"(accumulate))
 
-// D (+)= A * B^T for one step of 32 along K, asynchronously; `accumulate` = 0 overwrites D.
-template <int columns>
+#define DEEPGEMM_WGMMA_WIDTHS(types, majors)             \
+  DEEPGEMM_WGMMA(types, majors, 16, 1, 8, 9, 10);        \
+  DEEPGEMM_WGMMA(types, majors, 32, 2, 16, 17, 18);      \
+  DEEPGEMM_WGMMA(types, majors, 48, 3, 24, 25, 26);      \
+  DEEPGEMM_WGMMA(types, majors, 64, 4, 32, 33, 34);      \
+  DEEPGEMM_WGMMA(types, majors, 80, 5, 40, 41, 42);      \
+  DEEPGEMM_WGMMA(types, majors, 96, 6, 48, 49, 50);      \
+  DEEPGEMM_WGMMA(types, majors, 112, 7, 56, 57, 58);     \
+  DEEPGEMM_WGMMA(types, majors, 128, 8, 64, 65, 66);     \
+  DEEPGEMM_WGMMA(types, majors, 144, 9, 72, 73, 74);     \
+  DEEPGEMM_WGMMA(types, majors, 160, 10, 80, 81, 82);    \
+  DEEPGEMM_WGMMA(types, majors, 176, 11, 88, 89, 90);    \
+  DEEPGEMM_WGMMA(types, majors, 192, 12, 96, 97, 98);    \
+  DEEPGEMM_WGMMA(types, majors, 208, 13, 104, 105, 106); \
+  DEEPGEMM_WGMMA(types, majors, 224, 14, 112, 113, 114); \
+  DEEPGEMM_WGMMA(types, majors, 240, 15, 120, 121, 122); \
+  DEEPGEMM_WGMMA(types, majors, 256, 16, 128, 129, 130)
+
+// D (+)= A * B^T for one step of K, asynchronously; `accumulate` = 0 overwrites D.
+template <int columns, int a_type = kE4M3, int b_type = kE4M3, bool a_mn_major = false,
+          bool b_mn_major = false>
 __forceinline__ void wgmma(float (&d)[columns / 2], uint64_t a, uint64_t b, int accumulate) {
   static_assert(columns % 16 == 0 && columns >= 16 && columns <= 256);
-  DEEPGEMM_WGMMA(16, 1, 8, 9, 10);
-  DEEPGEMM_WGMMA(32, 2, 16, 17, 18);
-  DEEPGEMM_WGMMA(48, 3, 24, 25, 26);
-  DEEPGEMM_WGMMA(64, 4, 32, 33, 34);
-  DEEPGEMM_WGMMA(80, 5, 40, 41, 42);
-  DEEPGEMM_WGMMA(96, 6, 48, 49, 50);
-  DEEPGEMM_WGMMA(112, 7, 56, 57, 58);
-  DEEPGEMM_WGMMA(128, 8, 64, 65, 66);
-  DEEPGEMM_WGMMA(144, 9, 72, 73, 74);
-  DEEPGEMM_WGMMA(160, 10, 80, 81, 82);
-  DEEPGEMM_WGMMA(176, 11, 88, 89, 90);
-  DEEPGEMM_WGMMA(192, 12, 96, 97, 98);
-  DEEPGEMM_WGMMA(208, 13, 104, 105, 106);
-  DEEPGEMM_WGMMA(224, 14, 112, 113, 114);
-  DEEPGEMM_WGMMA(240, 15, 120, 121, 122);
-  DEEPGEMM_WGMMA(256, 16, 128, 129, 130);
+  static_assert((a_type == kBfloat16) == (b_type == kBfloat16));
+  static_assert(a_type == kBfloat16 || !a_mn_major && !b_mn_major);
+  if constexpr (a_type == kE4M3 && b_type == kE4M3) {
+    DEEPGEMM_WGMMA_WIDTHS("k32.f32.e4m3.e4m3", "");
+  } else if constexpr (a_type == kE4M3 && b_type == kE5M2) {
+    DEEPGEMM_WGMMA_WIDTHS("k32.f32.e4m3.e5m2", "");
+  } else if constexpr (a_type == kE5M2 && b_type == kE4M3) {
+    DEEPGEMM_WGMMA_WIDTHS("k32.f32.e5m2.e4m3", "");
+  } else if constexpr (a_type == kE5M2 && b_type == kE5M2) {
+    DEEPGEMM_WGMMA_WIDTHS("k32.f32.e5m2.e5m2", "");
+  } else if constexpr (!a_mn_major && !b_mn_major) {
+    DEEPGEMM_WGMMA_WIDTHS("k16.f32.bf16.bf16", ", 0, 0");
+  } else if constexpr (!a_mn_major) {
+    DEEPGEMM_WGMMA_WIDTHS("k16.f32.bf16.bf16", ", 0, 1");
+  } else if constexpr (!b_mn_major) {
+    DEEPGEMM_WGMMA_WIDTHS("k16.f32.bf16.bf16", ", 1, 0");
+  } else {
+    DEEPGEMM_WGMMA_WIDTHS("k16.f32.bf16.bf16", ", 1, 1");
+  }
 }
 
+#undef DEEPGEMM_WGMMA_WIDTHS
 #undef DEEPGEMM_WGMMA
 
 }  // namespace deepgemm

@@ -1,4 +1,4 @@
-// What one compiled variant of the dense GEMM is, and what the host hands to it at launch.
+// What one compiled variant of the GEMM is, and what the host hands to it at launch.
 #pragma once
 
 #include "device/scheduler.cuh"
@@ -6,29 +6,54 @@
 
 namespace deepgemm::gemm {
 
-constexpr int kBlockK = 128;  // one swizzled row of shared memory, and the depth of one scale
+constexpr int kRowBytes = 128;  // of an operand's tile along its contiguous dim: a swizzled row
+
+enum Scales {
+  kNoScales,  // D = A B^T
+  kBlocks,    // one for each row of A and 128 of K, one for each 128 x 128 of B
+  kChannels,  // one for each row of A and of B, and 128 of K
+  kRows,      // one for each row of A and of B
+};
+
+enum Groups {
+  kDense,       // D[i] = A[i] B[i]^T
+  kContiguous,  // rows of A and D follow each other, each group's times its own B
+  kMasked,      // the first rows of each A[i], times B[i]
+  kAlongK,      // D[i] = A B^T over the i-th range of K
+};
+
+// How many arrays tell the groups: the id of each row's; their sizes; their starts and ends.
+constexpr int kGroupOperands[] = {0, 1, 1, 2};
 
 struct Config {
-  int block_m;      // rows of D per CTA: 64 or 128 for each consumer
-  int block_n;      // columns of D per CTA
-  int stages;       // depth of the ring between the copy engine and the tensor cores
-  int consumers;    // warpgroups that multiply
-  int cluster_m;    // CTAs along M that share one load of B
-  int cluster_n;    // CTAs along N that share one load of A
-  int out_float32;  // D is float32, otherwise bfloat16
-  int accumulate;   // D += A B^T, otherwise D = A B^T
+  int block_m;                 // rows of D per CTA: 64 or 128 for each consumer
+  int block_n;                 // columns of D per CTA
+  int stages;                  // depth of the ring between the copy engine and the tensor cores
+  int consumers;               // warpgroups that multiply
+  int cluster_m;               // CTAs along M that share one load of B
+  int cluster_n;               // CTAs along N that share one load of A
+  int out_float32;             // D is float32, otherwise bfloat16
+  int a_type, b_type;          // Element: both of 8 bits or both of 16
+  int a_mn_major, b_mn_major;  // rows, not K, are contiguous: of bfloat16 alone
+  int scales;                  // Scales
+  int groups;                  // Groups
 
   constexpr int cluster() const { return cluster_m * cluster_n; }
   constexpr int threads() const { return (consumers + 1) * 128; }
-  constexpr int a_bytes() const { return block_m * kBlockK; }
-  constexpr int b_bytes() const { return block_n * kBlockK; }
+  constexpr int element_bytes() const { return a_type == kBfloat16 ? 2 : 1; }
+  constexpr int block_k() const { return kRowBytes / element_bytes(); }
+  constexpr int a_bytes() const { return block_m * kRowBytes; }
+  constexpr int b_bytes() const { return block_n * kRowBytes; }
   // A tile that is not aligned with B's blocks of 128 columns may touch two of them.
   constexpr int scales_per_row() const { return 128 % block_n == 0 ? 1 : 2; }
-  constexpr int scale_bytes() const { return block_m * scales_per_row() * 4; }
+  constexpr int scale_bytes() const {
+    return scales == kNoScales ? 0
+           : scales == kBlocks ? block_m * scales_per_row() * 4
+                               : (block_m + block_n) * 4;
+  }
   // A bfloat16 D leaves through shared memory and the copy engine, so that the next tile need not
   // wait for it, in boxes as wide as a swizzled row may be.
-  constexpr bool staged() const { return !out_float32 && !accumulate; }
-  constexpr int d_bytes() const { return staged() ? block_m * block_n * 2 : 0; }
+  constexpr int d_bytes() const { return out_float32 ? 0 : block_m * block_n * 2; }
   constexpr int box_n() const { return block_n % 64 == 0 ? 64 : block_n % 32 == 0 ? 32 : 16; }
   constexpr int stage_bytes() const { return a_bytes() + b_bytes() + scale_bytes(); }
   constexpr int smem_bytes() const {
@@ -36,16 +61,30 @@ struct Config {
   }
 };
 
+// Rows (kContiguous) or elements along K (kAlongK) of one group.
+struct alignas(16) Span {
+  int start, end;
+  int group;  // negative: of none, whose rows of D are zero
+  int unused;
+};
+
+constexpr int kRunsThreads = 1024;  // of the kernel that finds the spans of rows
+
 struct Params {
   TensorMap a, b;
-  TensorMap store;       // D in boxes of 16 rows, if `store_staged`
-  const float* a_scale;  // [batch, ceil(k / 128), m]: m fastest
-  const float* b_scale;  // [batch, ceil(n / 128), ceil(k / 128)]
-  void* d;               // [batch, m, n]
-  int m, n;
-  int store_staged;        // D's rows are 16-byte aligned, as the copy engine needs
-  int blocks_n, blocks_k;  // blocks of 128 with a scale of their own, the last one perhaps partial
-  TileOrder order;         // over clusters' tiles
+  TensorMap store;           // D in boxes of 16 rows, if `store_staged`
+  const float* a_scale;      // kBlocks, kChannels: [batch, ceil(k / 128), m]. kRows: [batch, m]
+  const float* b_scale;      // kBlocks: [batch, ceil(n / 128), ceil(k / 128)]. Others as A's, of n
+  void* d;                   // [batch, m, n]
+  const Span* spans;         // kContiguous: by rows, up to one that starts at m
+  const int* sizes;          // kMasked: the rows of each group
+  const int *starts, *ends;  // kAlongK: of each group, along K
+  int num_groups;            // kMasked, kAlongK
+  int m, n, k;
+  int accumulate;          // D += A B^T, otherwise D = A B^T
+  int copy_engine;         // may write a bfloat16 D: its rows are 16-byte aligned
+  int blocks_n, blocks_k;  // blocks of 128 or block_k, the last one perhaps partial
+  TileOrder order;         // over clusters' tiles, of one group if there are groups
 };
 
 }  // namespace deepgemm::gemm

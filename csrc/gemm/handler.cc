@@ -1,14 +1,12 @@
 #include "gemm/handler.h"
 
-#include <algorithm>
-#include <cmath>
 #include <exception>
 #include <memory>
 #include <string>
 #include <string_view>
 
+#include "gemm/plan.h"
 #include "jit/compile.h"
-#include "jit/tensor_map.h"
 
 namespace ffi = xla::ffi;
 
@@ -22,7 +20,7 @@ int gemm_smem_bytes(const std::vector<int>& config) {
 
 namespace {
 
-using gemm::kBlockK;
+using gemm::Config;
 
 template <class F>
 ffi::Error guarded(F f) {
@@ -30,7 +28,7 @@ ffi::Error guarded(F f) {
     f();
     return ffi::Error::Success();
   } catch (const std::exception& e) {
-    return ffi::Error::Internal(std::string("fp8_gemm_nt: ") + e.what());
+    return ffi::Error::Internal(std::string("deepgemm_jax: ") + e.what());
   }
 }
 
@@ -38,86 +36,68 @@ ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(ffi::Span<const int64_t> co
                                                      std::string_view arch, int64_t num_sms) {
   std::unique_ptr<GemmState> state;
   const ffi::Error error = guarded([&] {
+    const auto parsed = jit::config_from<Config>(config);
     const auto& kernel =
         jit::Kernel::get({"gemm/sm90.cuh", {config.begin(), config.end()}, std::string(arch)});
-    state.reset(
-        new GemmState{jit::config_from<gemm::Config>(config), static_cast<int>(num_sms), kernel});
+    const auto* runs = parsed.groups == gemm::kContiguous
+                           ? &jit::Kernel::get({"gemm/runs.cuh", {}, std::string(arch)})
+                           : nullptr;
+    state.reset(new GemmState{parsed, static_cast<int>(num_sms), kernel, runs});
   });
   if (error.failure()) return ffi::Unexpected(error);
   return state;
 }
 
 ffi::Error initialize(GemmState* state) {
-  return guarded([&] { state->kernel.prepare(state->config.smem_bytes()); });
+  return guarded([&] {
+    state->kernel.prepare(state->config.smem_bytes());
+    if (state->runs) state->runs->prepare(0);
+  });
 }
 
 // [rows, columns], or [batch, rows, columns].
-struct Matrix {
-  uint64_t batch, rows, columns;
-
-  explicit Matrix(const ffi::AnyBuffer& x) {
-    const auto dims = x.dimensions();
-    batch = dims.size() == 3 ? dims.front() : 1;
-    rows = dims[dims.size() - 2];
-    columns = dims[dims.size() - 1];
-  }
-};
-
-// A box of `rows` rows along the columns, of elements of `bytes` bytes.
-jit::CUtensorMap matrix_map(const void* address, Matrix m, uint64_t bytes, uint32_t box_columns,
-                            uint32_t box_rows, jit::CUtensorMapDataType type,
-                            jit::CUtensorMapSwizzle swizzle) {
-  return jit::tensor_map(address, type, {m.columns, m.rows, m.batch},
-                         {m.columns * bytes, m.columns * m.rows * bytes},
-                         {box_columns, box_rows, 1}, swizzle);
+gemm::Matrix matrix(const ffi::AnyBuffer& x) {
+  const auto dims = x.dimensions();
+  const auto length = [&](size_t from_end) {
+    return static_cast<uint64_t>(*(dims.end() - from_end));
+  };
+  return {x.untyped_data(), dims.size() == 3 ? length(3) : 1, length(2), length(1)};
 }
 
-ffi::Error execute(jit::CUstream stream, GemmState* state, ffi::AnyBuffer a, ffi::AnyBuffer a_scale,
-                   ffi::AnyBuffer b, ffi::AnyBuffer b_scale,
-                   ffi::RemainingArgs /* C, in D's place */, ffi::Result<ffi::AnyBuffer> d) {
+// The operands are A and its scale, B and its scale, what tells the groups, and C, which lies in
+// D's place; without those that the config has no use for.
+ffi::Error execute(jit::CUstream stream, GemmState* state, ffi::RemainingArgs args,
+                   ffi::RemainingRets results) {
   return guarded([&] {
-    const gemm::Config& config = state->config;
-    const Matrix am(a), bm(b), dm(*d);
-    const int rows = ceil_div(dm.rows, config.block_m * config.cluster_m);
-    const int columns = ceil_div(dm.columns, config.block_n * config.cluster_n);
-    const int clusters =
-        std::min<int>(state->num_sms / config.cluster(), rows * columns * dm.batch);
-
-    gemm::Params params = {};
-    const auto fp8 = [&](const ffi::AnyBuffer& x, Matrix m, int box_rows) {
-      return matrix_map(x.untyped_data(), m, 1, kBlockK, box_rows,
-                        jit::CU_TENSOR_MAP_DATA_TYPE_UINT8, jit::CU_TENSOR_MAP_SWIZZLE_128B);
-    };
-    params.a = fp8(a, am, config.block_m / config.cluster_n);
-    params.b = fp8(b, bm, config.block_n / config.cluster_m);
-    params.store_staged = config.staged() && dm.columns % 8 == 0;
-    if (params.store_staged) {
-      const int box = config.box_n();
-      params.store =
-          matrix_map(d->untyped_data(), dm, 2, box, 16, jit::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                     box == 64   ? jit::CU_TENSOR_MAP_SWIZZLE_128B
-                     : box == 32 ? jit::CU_TENSOR_MAP_SWIZZLE_64B
-                                 : jit::CU_TENSOR_MAP_SWIZZLE_32B);
+    const Config& config = state->config;
+    size_t number = 0;
+    const auto next = [&] { return args.get<ffi::AnyBuffer>(number++).value(); };
+    gemm::Operands operands = {};
+    operands.a = matrix(next());
+    if (config.scales != gemm::kNoScales) operands.a_scale = next().typed_data<float>();
+    operands.b = matrix(next());
+    if (config.scales != gemm::kNoScales) operands.b_scale = next().typed_data<float>();
+    for (int i = 0; i < gemm::kGroupOperands[config.groups]; ++i) {
+      operands.groups[i] = next().typed_data<int>();
     }
-    params.a_scale = static_cast<const float*>(a_scale.untyped_data());
-    params.b_scale = static_cast<const float*>(b_scale.untyped_data());
-    params.d = d->untyped_data();
-    params.m = dm.rows;
-    params.n = dm.columns;
-    params.blocks_n = ceil_div(dm.columns, 128);
-    params.blocks_k = ceil_div(am.columns, kBlockK);
-    // The tiles that run at once should cover a square of D.
-    const double aspect =
-        double(config.block_n * config.cluster_n) / (config.block_m * config.cluster_m);
-    const int band = std::lround(std::sqrt(clusters * aspect));
-    params.order = {rows, columns, static_cast<int>(dm.batch), std::clamp(band, 1, rows)};
+    operands.accumulate = number < args.size();
+    operands.d = matrix(*results.get<ffi::AnyBuffer>(0).value());
+    if (state->runs) {
+      auto* spans = results.get<ffi::AnyBuffer>(1).value()->untyped_data();
+      operands.spans = static_cast<gemm::Span*>(spans);
+    }
 
-    void* args[] = {&params};
+    auto [params, clusters] = gemm::plan(config, state->num_sms, operands);
+    if (state->runs) {
+      void* runs_args[] = {&operands.groups[0], &params.m, &params.num_groups, &params.spans};
+      state->runs->launch({stream, 1, gemm::kRunsThreads, 1, 0, /*pdl=*/true}, runs_args);
+    }
+    void* kernel_args[] = {&params};
     state->kernel.launch(
         {stream, static_cast<unsigned>(clusters * config.cluster()),
          static_cast<unsigned>(config.threads()), static_cast<unsigned>(config.cluster()),
          static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
-        args);
+        kernel_args);
   });
 }
 
@@ -140,10 +120,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GemmExecute, deepgemm::execute,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<deepgemm::jit::CUstream>>()
                                   .Ctx<ffi::State<GemmState>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>(),
+                                  .RemainingRets(),
                               {ffi::Traits::kCmdBufferCompatible});

@@ -15,6 +15,7 @@ struct GemmState {
   gemm::Config config;
   int num_sms;  // that the kernel may fill
   const jit::Kernel& kernel;
+  const jit::Kernel* runs;  // finds the groups first, where there are any among the rows
 };
 
 int gemm_smem_bytes(const std::vector<int>& config);

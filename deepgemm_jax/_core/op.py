@@ -119,10 +119,11 @@ class Op:
         self.signature.check(operands, params)
         if self.check is not None:
             self.check(params, operands)
-        results = self._bind(params, operands)
+        results = self.bind(params, operands)
         return results if len(results) > 1 else results[0]
 
-    def _bind(self, params: Params, operands: Sequence[Any]) -> list[Any]:
+    def bind(self, params: Params, operands: Sequence[Any]) -> list[Any]:
+        """The results, unchecked."""
         return self.primitive.bind(*compat.vary_alike(operands), params=params)
 
     # Tracing: one plain primitive, which every transformation can follow.
@@ -153,7 +154,7 @@ class Op:
         ]
         # Whether the lowering will know what to do with it had better be said now.
         self.batcher.targets(self.signature.match([x.shape for x in operands], params))
-        results = self._bind(params, operands)
+        results = self.bind(params, operands)
         return results, [0] * len(results)
 
     # Lowering: divided among devices, then without batch dims, then the kernel or the reference.
@@ -168,7 +169,7 @@ class Op:
         elif compat.explicit_axes(division.mesh):
             function = division.by_types(functools.partial(self._piece, params))
         elif not self.batcher.is_plain(call):
-            function = self.batcher.plain(functools.partial(self._bind, params), call)
+            function = self.batcher.plain(functools.partial(self.bind, params), call)
         elif has_kernel and self._kernel_takes(params, ctx.avals_in):
             return self._lower_kernel(ctx, operands, params)
         else:
@@ -203,11 +204,11 @@ class Op:
     def _piece(self, params, operands, contracted_axes):
         """One device's part of a call whose contraction is divided along these mesh axes."""
         if not contracted_axes:
-            return self._bind(params, operands)
+            return self.bind(params, operands)
         assert self.divide is not None  # else contracted factors are whole
 
         def total(params, *operands):
-            return [jax.lax.psum(x, contracted_axes) for x in self._bind(params, operands)]
+            return [jax.lax.psum(x, contracted_axes) for x in self.bind(params, operands)]
 
         return self.divide(total, params, *operands)
 

@@ -1,15 +1,39 @@
-"""Dense matrix multiplication with block scales."""
+"""Dense matrix multiplication of FP8 with scales, and of bfloat16."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ..scaled import ScaledArray, unpack
+from .._core.op import Op
+from ..scaled import BLOCK, ScaledArray, unpack
 from . import op
 from .config import Config
+from .explain import explain
+from .layouts import transposed
+
+__all__ = [
+    "bf16_gemm_nn",
+    "bf16_gemm_nt",
+    "bf16_gemm_tn",
+    "bf16_gemm_tt",
+    "explain",
+    "fp8_gemm_1d1d",
+    "fp8_gemm_1d2d",
+    "fp8_gemm_nn",
+    "fp8_gemm_nt",
+    "fp8_gemm_tn",
+    "fp8_gemm_tt",
+]
 
 Scaled = ScaledArray | tuple[Any, Any]
+
+# Rows of A, rows of B and elements along K that share a scale; 0 is all of them.
+RECIPES: dict[tuple[int, ...], Op] = {
+    (1, BLOCK, BLOCK): op.fp8_gemm_nt,
+    (1, 1, BLOCK): op.fp8_gemm_nt_1d1d,
+    (1, 1, 0): op.fp8_gemm_nt_rows,
+}
 
 
 def fp8_gemm_nt(
@@ -22,27 +46,31 @@ def fp8_gemm_nt(
     config: Config | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    r"""Multiplies a row-wise scaled FP8 matrix by a block-wise scaled one, transposed.
+    r"""Multiplies two scaled FP8 matrices, the second one transposed.
 
-    $$D_{mn} = C_{mn} + \sum_{g} s^A_{mg}\, s^B_{\lfloor n/128 \rfloor g}
-    \sum_{k \in \text{block } g} A_{mk} B_{nk}$$
+    $$D_{mn} = C_{mn} + \sum_{g} s^A_{mg}\, s^B_{ng} \sum_{k \in \text{block } g} A_{mk} B_{nk}$$
 
-    where a block is 128 neighbours along K, of which the last may be fewer. Each block is summed
-    by the tensor cores, the blocks among each other in float32. Results are the same bit for bit
-    on the same device with the same config.
+    The shapes of the scales say which recipe it is:
+
+    | recipe | A's scale | B's scale | a block |
+    | --- | --- | --- | --- |
+    | (1, 128, 128), or 1d2d | [M, ceil(K/128)] | [ceil(N/128), ceil(K/128)] | 128 of K |
+    | (1, 1, 128), or 1d1d | [M, ceil(K/128)] | [N, ceil(K/128)] | 128 of K |
+    | (1, 1, 0): rows or tensors | [M, 1] or [1, 1] | [N, 1] or [1, 1] | all of K |
+
+    The last block may be partial. Products are summed by the tensor cores over 128 of K, with the
+    last recipe over 512, and those sums among each other in float32. Results are the same bit for
+    bit on the same device with the same config.
 
     Args:
-      a: `ScaledArray` or tuple of data, float8_e4m3fn [M, K], and scale,
-        float32 [M, ceil(K / 128)].
-      b: the same of data, float8_e4m3fn [N, K], and scale,
-        float32 [ceil(N / 128), ceil(K / 128)].
-      c: None, or what is added: [M, N] of the result's dtype. XLA may let D have its memory if
-        nothing else needs it.
+      a: `ScaledArray` or tuple of data, float8_e4m3fn or float8_e5m2 [M, K], and float32 scale.
+      b: the same of data [N, K].
+      c: None, or what is added, of the result's dtype: [M, N], or [N] or [1, N] for a bias of every
+        row. XLA may let D have the memory of the former if nothing else needs it.
       preferred_element_type: the result's dtype, bfloat16 or float32.
-      recipe: scale block sizes as DeepGEMM gives them: rows of A, rows of B, K. Only
-        (1, 128, 128) for now, which None stands for.
-      config: the kernel's config in place of the one that `gemm.config.choose` takes. Parts of a
-        K that is divided among devices do not use it.
+      recipe: None, or the recipe that the scales must have.
+      config: the kernel's config in place of the one that `explain` shows first. Parts of a K that
+        is divided among devices do not use it.
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
         is one and plain JAX elsewhere.
 
@@ -63,6 +91,8 @@ def fp8_gemm_nt(
     and the batch may be divided among devices, N and K where whole blocks of 128 fall to each;
     dividing K costs a psum of float32 parts.
 
+    The name, the order of the operands and the recipes are DeepGEMM's.
+
     Example:
 
         >>> import jax.numpy as jnp
@@ -74,15 +104,256 @@ def fp8_gemm_nt(
         (64, 512) bfloat16 32
     """
     name = "fp8_gemm_nt"
+    (a_data, a_scale), (b_data, b_scale) = unpack(name, "a", a), unpack(name, "b", b)
+    fitting = _recipes(a_data, a_scale, b_data, b_scale)
+    # Where several fit they say the same; where none does, the first one's op knows why.
+    chosen = (fitting or list(RECIPES))[0] if recipe is None else tuple(recipe)
+    if chosen not in (fitting or RECIPES):
+        raise ValueError(
+            f"{name}: recipe is {recipe}, wanted {' or '.join(map(str, fitting or RECIPES))} for "
+            f"scales of shapes {a_scale.shape} and {b_scale.shape}"
+        )
+    if chosen == (1, 1, 0):
+        a_scale = jnp.broadcast_to(a_scale[:, 0], a_data.shape[:1])
+        b_scale = jnp.broadcast_to(b_scale[:, 0], b_data.shape[:1])
+    return _gemm(
+        name,
+        RECIPES[chosen],
+        (a_data, a_scale, b_data, b_scale),
+        (*a_data.shape[:1], *b_data.shape[:1]),
+        c,
+        preferred_element_type=preferred_element_type,
+        config=config,
+        implementation=implementation,
+    )
+
+
+def fp8_gemm_nn(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Array:
+    r"""`fp8_gemm_nt` with B as [K, N]: D = C + A B.
+
+    B's scale lies as B does, [ceil(K/128), ceil(N/128)] for instance. The tensor cores of SM90 want
+    FP8 with K contiguous, so one kernel transposes B's data first (`layout_transpose`). To do so
+    once for many calls, transpose it yourself and call `fp8_gemm_nt`; `prepare_weight` gives that
+    form.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from deepgemm_jax import ScaledArray, fp8_gemm_nn
+        >>> a = ScaledArray(jnp.ones((64, 256), jnp.float8_e4m3fn), jnp.full((64, 2), 0.5))
+        >>> b = ScaledArray(jnp.ones((256, 512), jnp.float8_e4m3fn), jnp.full((2, 4), 0.25))
+        >>> print(fp8_gemm_nn(a, b)[0, 0])
+        32
+    """
+    return fp8_gemm_nt(a, transposed("fp8_gemm_nn", "b", b), c, **options)
+
+
+def fp8_gemm_tn(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Array:
+    r"""`fp8_gemm_nt` with A as [K, M] and B as [K, N]: D = C + Aᵀ B.
+
+    Scales lie as their data do, [ceil(K/128), M] for instance, and data are transposed as
+    `fp8_gemm_nn` says. `quantize_transpose` gives the form that needs no transpose.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from deepgemm_jax import ScaledArray, fp8_gemm_tn
+        >>> x = ScaledArray(jnp.ones((256, 64), jnp.float8_e4m3fn), jnp.full((2, 64), 0.5))
+        >>> print(fp8_gemm_tn(x, x)[0, 0])
+        64
+    """
+    a, b = transposed("fp8_gemm_tn", "a", a), transposed("fp8_gemm_tn", "b", b)
+    return fp8_gemm_nt(a, b, c, **options)
+
+
+def fp8_gemm_tt(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Array:
+    r"""`fp8_gemm_nt` with A as [K, M]: D = C + Aᵀ Bᵀ.
+
+    A's scale lies as A does, [ceil(K/128), M] for instance, and its data are transposed as
+    `fp8_gemm_nn` says.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from deepgemm_jax import ScaledArray, fp8_gemm_tt
+        >>> a = ScaledArray(jnp.ones((256, 64), jnp.float8_e4m3fn), jnp.full((2, 64), 0.5))
+        >>> b = ScaledArray(jnp.ones((512, 256), jnp.float8_e4m3fn), jnp.full((4, 2), 0.25))
+        >>> print(fp8_gemm_tt(a, b)[0, 0])
+        32
+    """
+    return fp8_gemm_nt(transposed("fp8_gemm_tt", "a", a), b, c, **options)
+
+
+def fp8_gemm_1d2d(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Array:
+    """`fp8_gemm_nt` that takes the recipe (1, 128, 128) alone.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from deepgemm_jax import ScaledArray, fp8_gemm_1d2d
+        >>> x = ScaledArray(jnp.ones((128, 256), jnp.float8_e4m3fn), jnp.full((128, 2), 0.5))
+        >>> w = ScaledArray(jnp.ones((128, 256), jnp.float8_e4m3fn), jnp.full((1, 2), 0.5))
+        >>> print(fp8_gemm_1d2d(x, w)[0, 0])
+        64
+    """
+    return fp8_gemm_nt(a, b, c, recipe=(1, BLOCK, BLOCK), **options)
+
+
+def fp8_gemm_1d1d(
+    a: Scaled,
+    b: Scaled,
+    c: Any = None,
+    *,
+    preferred_element_type: Any = jnp.float32,
+    **options: Any,
+) -> jax.Array:
+    """`fp8_gemm_nt` that takes the recipe (1, 1, 128) alone. The result is float32 unless said.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from deepgemm_jax import ScaledArray, fp8_gemm_1d1d
+        >>> x = ScaledArray(jnp.ones((128, 256), jnp.float8_e4m3fn), jnp.full((128, 2), 0.5))
+        >>> d = fp8_gemm_1d1d(x, x, jnp.ones((128, 128)))
+        >>> print(d.dtype, d[0, 0])
+        float32 65.0
+    """
+    options = {"preferred_element_type": jnp.float32, **options}
+    return fp8_gemm_nt(a, b, c, recipe=(1, 1, BLOCK), **options)
+
+
+def bf16_gemm_nt(
+    a: Any,
+    b: Any,
+    c: Any = None,
+    *,
+    preferred_element_type: Any = jnp.bfloat16,
+    config: Config | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    r"""Multiplies two bfloat16 matrices, the second one transposed.
+
+    $$D_{mn} = C_{mn} + \sum_{k} A_{mk} B_{nk}$$
+
+    summed in float32.
+
+    Args:
+      a: bfloat16 [M, K].
+      b: bfloat16 [N, K].
+      c: None, or what is added, as `fp8_gemm_nt` has it, as all that follow.
+
+    Any M, N and K; the kernel takes those whose rows in memory are multiples of 16 bytes, and plain
+    JAX the others. Returns, raises and transforms as `fp8_gemm_nt` does, but a mesh may divide N
+    and K anywhere. The name is DeepGEMM's.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from deepgemm_jax import bf16_gemm_nt
+        >>> a, b = jnp.ones((4, 16), jnp.bfloat16), jnp.ones((24, 16), jnp.bfloat16)
+        >>> d = bf16_gemm_nt(a, b, jnp.arange(24, dtype=jnp.bfloat16))
+        >>> print(d.shape, d[0, :3])
+        (4, 24) [16 17 18]
+    """
+    return _bf16(
+        "nt",
+        a,
+        b,
+        c,
+        preferred_element_type=preferred_element_type,
+        config=config,
+        implementation=implementation,
+    )
+
+
+def bf16_gemm_nn(a: Any, b: Any, c: Any = None, **options: Any) -> jax.Array:
+    """`bf16_gemm_nt` with B as [K, N]: D = C + A B. The tensor cores read it so, uncopied.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from deepgemm_jax import bf16_gemm_nn
+        >>> a, b = jnp.ones((4, 16), jnp.bfloat16), jnp.ones((16, 24), jnp.bfloat16)
+        >>> print(bf16_gemm_nn(a, b)[0, 0])
+        16
+    """
+    return _bf16("nn", a, b, c, **options)
+
+
+def bf16_gemm_tn(a: Any, b: Any, c: Any = None, **options: Any) -> jax.Array:
+    """`bf16_gemm_nn` with A as [K, M]: D = C + Aᵀ B.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from deepgemm_jax import bf16_gemm_tn
+        >>> a, b = jnp.ones((16, 8), jnp.bfloat16), jnp.ones((16, 24), jnp.bfloat16)
+        >>> print(bf16_gemm_tn(a, b).shape)
+        (8, 24)
+    """
+    return _bf16("tn", a, b, c, **options)
+
+
+def bf16_gemm_tt(a: Any, b: Any, c: Any = None, **options: Any) -> jax.Array:
+    """`bf16_gemm_nt` with A as [K, M]: D = C + Aᵀ Bᵀ.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from deepgemm_jax import bf16_gemm_tt
+        >>> a, b = jnp.ones((16, 8), jnp.bfloat16), jnp.ones((24, 16), jnp.bfloat16)
+        >>> print(bf16_gemm_tt(a, b).shape)
+        (8, 24)
+    """
+    return _bf16("tt", a, b, c, **options)
+
+
+def _bf16(layout, a, b, c, **options):
+    gemm = getattr(op, f"bf16_gemm_{layout}")
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    lengths = a.shape[layout[0] == "t" :][:1] + b.shape[layout[1] == "n" :][:1]
+    return _gemm(gemm.name, gemm, (a, b), lengths, c, **options)
+
+
+def _gemm(
+    name,
+    gemm,
+    operands,
+    lengths,
+    c,
+    *,
+    preferred_element_type=jnp.bfloat16,
+    config=None,
+    implementation=None,
+):
+    """`lengths` are M and N, as far as the operands have them."""
     dtype = jnp.dtype(preferred_element_type)
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"{name}: preferred_element_type is {dtype}, wanted bfloat16 or float32")
-    if recipe not in (None, (1, 128, 128)):
-        raise ValueError(f"{name}: recipe is {recipe}, wanted None or (1, 128, 128)")
-    operands = [*unpack(name, "a", a), *unpack(name, "b", b)]
     if c is not None:
-        operands.append(jnp.asarray(c))
+        c = jnp.asarray(c)
+        if c.shape in (lengths[1:], (1, *lengths[1:])):
+            c = jnp.broadcast_to(c, lengths)
+        operands = (*operands, c)
     params = op.GemmParams(
         implementation=implementation, preferred_element_type=dtype, config=config
     )
-    return op.fp8_gemm_nt(*operands, params=params)
+    return gemm(*operands, params=params)
+
+
+def _recipes(*arrays: jax.Array) -> list[tuple[int, ...]]:
+    """Those that the shapes of data and scales fit."""
+    if any(x.ndim != 2 for x in arrays):
+        return []
+    a, a_scale, b, b_scale = (x.shape for x in arrays)
+    blocks = -(-a[1] // BLOCK)
+    wanted: list[tuple[list, list]] = [
+        ([(a[0], blocks)], [(-(-b[0] // BLOCK), blocks)]),
+        ([(a[0], blocks)], [(b[0], blocks)]),
+        ([(a[0], 1), (1, 1)], [(b[0], 1), (1, 1)]),
+    ]
+    return [
+        recipe
+        for recipe, (of_a, of_b) in zip(RECIPES, wanted, strict=True)
+        if a_scale in of_a and b_scale in of_b
+    ]

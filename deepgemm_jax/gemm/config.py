@@ -1,9 +1,10 @@
-"""The dense GEMM's kernel configs, and the choice among them by a model of what each costs."""
+"""The GEMM's kernel configs, and the choice among them by a model of what each costs."""
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,22 +14,51 @@ from .._core.device import H200, Device
 
 SOURCE = "gemm/sm90.cuh"
 MAX_STAGES = 12  # more than the latency of memory needs
+ROW_BYTES = 128  # of an operand's tile, along the dim that is contiguous
+
+# In the order of the enumerations of the same names in csrc.
+ELEMENTS = tuple(map(jnp.dtype, (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16)))
+SCALES = ("none", "blocks", "channels", "rows")
+GROUPS = ("dense", "contiguous", "masked", "along_k")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What the choice of a config depends on."""
 
-    m: int
+    m: int  # of one group, as is likely
     n: int
-    k: int
-    batch: int
+    k: int  # of one group too, if it is K that is divided among them
+    batch: int  # or groups
     out_dtype: Any
     accumulate: bool
+    a_dtype: Any = jnp.float8_e4m3fn
+    b_dtype: Any = jnp.float8_e4m3fn
+    a_mn_major: bool = False
+    b_mn_major: bool = False
+    scales: str = "blocks"
+    groups: str = "dense"
 
     @property
     def out_float32(self) -> bool:
         return jnp.dtype(self.out_dtype) == jnp.float32
+
+    @property
+    def block_k(self) -> int:
+        return ROW_BYTES // jnp.dtype(self.a_dtype).itemsize
+
+    @property
+    def variant(self) -> dict[str, int]:
+        """The parts of a config that the problem decides."""
+        return {
+            "out_float32": int(self.out_float32),
+            "a_type": ELEMENTS.index(jnp.dtype(self.a_dtype)),
+            "b_type": ELEMENTS.index(jnp.dtype(self.b_dtype)),
+            "a_mn_major": int(self.a_mn_major),
+            "b_mn_major": int(self.b_mn_major),
+            "scales": SCALES.index(self.scales),
+            "groups": GROUPS.index(self.groups),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +72,25 @@ class Config:
     cluster_m: int
     cluster_n: int
     out_float32: int
-    accumulate: int
+    a_type: int
+    b_type: int
+    a_mn_major: int
+    b_mn_major: int
+    scales: int
+    groups: int
+
+    @property
+    def integers(self) -> tuple[int, ...]:
+        return tuple(vars(self).values())
 
     def validate(self, problem: Problem, device: Device) -> None:
         """Raises a ValueError that says what does not fit."""
         for holds, rule in self._rules(problem, device):
             if not holds:
-                raise ValueError(f"fp8_gemm_nt: config is {self}, wanted {rule}")
+                raise ValueError(f"config is {self}, wanted {rule}")
+
+    def fits(self, problem: Problem, device: Device) -> bool:
+        return all(holds for holds, _ in self._rules(problem, device))
 
     def _rules(self, problem: Problem, device: Device) -> Iterator[tuple[bool, str]]:
         # Each may rely on those before it: the extension divides by these integers.
@@ -59,19 +101,22 @@ class Config:
         cluster = sorted((self.cluster_m, self.cluster_n))
         yield cluster in ([1, 1], [1, 2]), "a cluster of one CTA or two"
         yield 2 <= self.stages <= MAX_STAGES, f"2 to {MAX_STAGES} stages"
-        # Sums and one product for each thread, and what addresses and scales take.
-        registers = int((waves + 1) * self.block_n / 2 + 24)
+        for name, value in problem.variant.items():
+            yield getattr(self, name) == value, f"{name}={value}, as the operands have it"
+        if problem.scales in ("channels", "rows"):
+            yield waves == 1, "block_m = 64 for each consumer with a scale for each column"
+            yield self.block_n % 64 == 0, "block_n a multiple of 64 with a scale for each column"
+        for part, mn_major in (
+            (self.block_m // self.cluster_n, problem.a_mn_major),
+            (self.block_n // self.cluster_m, problem.b_mn_major),
+        ):
+            yield not mn_major or part % 64 == 0, "loads of whole 64 rows where K is not contiguous"
+        # Sums and one product of FP8 for each thread, and what addresses and scales take.
+        products = 0 if problem.scales == "none" else 1
+        registers = int((waves + products) * self.block_n / 2 + 24)
         available = {1: 255, 2: 232, 3: 160}[self.consumers]
         yield registers <= available, f"at most {available} registers a thread, not {registers}"
-        yield (
-            self.out_float32 == problem.out_float32,
-            f"out_float32={int(problem.out_float32)} for a result of {problem.out_dtype}",
-        )
-        yield (
-            self.accumulate == problem.accumulate,
-            f"accumulate={int(problem.accumulate)}, which says whether C is given",
-        )
-        smem = _C.gemm_smem_bytes(dataclasses.astuple(self))
+        smem = _C.gemm_smem_bytes(self.integers)
         yield (
             smem <= device.smem_bytes,
             f"at most {device.smem_bytes} bytes of shared memory, not {smem}",
@@ -87,11 +132,11 @@ class Tile:
     consumers: int
     cluster_m: int
     cluster_n: int
-    block_us: float  # for each 128 of K
+    block_us: float  # for each 128 bytes of K
     store_us: float  # for each tile, beyond its blocks
 
 
-TILES = (
+FP8_TILES = (
     Tile(256, 128, 2, 1, 2, 0.757, 1.3),
     Tile(192, 128, 3, 1, 2, 0.557, 0.9),
     Tile(192, 128, 3, 1, 1, 0.570, 0.9),
@@ -105,25 +150,32 @@ TILES = (
     Tile(64, 32, 1, 1, 1, 0.220, 0.7),
     Tile(64, 16, 1, 1, 1, 0.200, 0.7),
 )
+BF16_TILES = (
+    Tile(128, 256, 2, 1, 1, 0.655, 1.3),
+    Tile(128, 192, 2, 1, 1, 0.520, 1.1),
+    Tile(128, 128, 2, 1, 1, 0.380, 0.9),
+    Tile(128, 64, 2, 1, 1, 0.260, 0.8),
+    Tile(64, 256, 1, 1, 1, 0.400, 1.1),
+    Tile(64, 128, 1, 1, 1, 0.250, 0.9),
+    Tile(64, 64, 1, 1, 1, 0.180, 0.8),
+)
+CHANNELS = 1.35  # times a block's cost, if there is a scale for each column
 LAUNCH_US = 2.0
 BYTES_PER_US = 4.5e6  # of device memory
 
 
-def _config(tile: Tile, out_float32: bool, accumulate: bool, device: Device) -> Config:
-    def config(stages: int) -> Config:
-        return Config(
-            tile.block_m,
-            tile.block_n,
-            stages,
-            tile.consumers,
-            tile.cluster_m,
-            tile.cluster_n,
-            int(out_float32),
-            int(accumulate),
-        )
+def _configs(problem: Problem, device: Device) -> Iterator[tuple[Tile, Config]]:
+    for tile in BF16_TILES if problem.scales == "none" else FP8_TILES:
+        shape = tile.block_m, tile.block_n, tile.consumers, tile.cluster_m, tile.cluster_n
+        block_m, block_n, *others = shape
 
-    none, one = (_C.gemm_smem_bytes(dataclasses.astuple(config(s))) for s in (0, 1))
-    return config(min(MAX_STAGES, (device.smem_bytes - none) // (one - none)))
+        def config(stages: int) -> Config:
+            return Config(block_m, block_n, stages, *others, **problem.variant)  # noqa: B023
+
+        none, one = (_C.gemm_smem_bytes(config(s).integers) for s in (0, 1))
+        deepest = config(min(MAX_STAGES, (device.smem_bytes - none) // (one - none)))
+        if deepest.fits(problem, device):
+            yield tile, deepest
 
 
 def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
@@ -135,13 +187,14 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
         * math.ceil(problem.n / (tile.block_n * tile.cluster_n))
     )
     rounds = math.ceil(clusters / (device.num_sms // cluster))
-    blocks = math.ceil(problem.k / 128)
-    size = 4 if problem.out_float32 else 2
+    blocks = math.ceil(problem.k / problem.block_k)
+    block_us = tile.block_us * (CHANNELS if problem.scales == "channels" else 1)
+    out = 4 if problem.out_float32 else 2
     moved = problem.batch * (
-        (problem.m + problem.n) * problem.k
-        + problem.m * problem.n * size * (2 if problem.accumulate else 1)
+        (problem.m + problem.n) * blocks * ROW_BYTES
+        + problem.m * problem.n * out * (2 if problem.accumulate else 1)
     )
-    busy_us = rounds * (blocks * tile.block_us + tile.store_us)
+    busy_us = rounds * (blocks * block_us + tile.store_us)
     return (LAUNCH_US + max(busy_us, moved / BYTES_PER_US)) * 1e-6
 
 
@@ -150,12 +203,12 @@ def candidates(problem: Problem, device: Device) -> list[tuple[Config, float]]:
 
     Of those that cost the same, tiles of fewer elements come first: they waste less at the edges.
     """
-    costs = [(_seconds(problem, tile, device), tile) for tile in TILES]
-    costs.sort(key=lambda cost: (cost[0], cost[1].block_m * cost[1].block_n))
-    return [
-        (_config(tile, problem.out_float32, problem.accumulate, device), seconds)
-        for seconds, tile in costs
+    costs = [
+        (_seconds(problem, tile, device), tile.block_m * tile.block_n, config)
+        for tile, config in _configs(problem, device)
     ]
+    costs.sort(key=lambda cost: cost[:2])
+    return [(config, seconds) for seconds, _, config in costs]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -165,10 +218,32 @@ def choose(problem: Problem, device: Device) -> Config:
 
 
 def variants(device: Device = H200) -> list[Config]:
-    """Every config that `choose` may return."""
+    """Every config that `choose` may return for FP8 in e4m3 and for bfloat16."""
+    sizes: dict[str, Any] = {"m": 1, "n": 1, "k": 1, "batch": 1, "accumulate": False}
+    forms: list[tuple[dict[str, Any], Sequence[str]]] = [
+        ({"scales": "blocks"}, ("dense", "contiguous", "masked")),
+        ({"scales": "rows"}, ("dense",)),
+        ({"scales": "channels"}, ("dense", "along_k")),
+    ]
+    for a_mn_major, b_mn_major in itertools.product((False, True), repeat=2):
+        form = {
+            "scales": "none",
+            "a_dtype": jnp.bfloat16,
+            "b_dtype": jnp.bfloat16,
+            "a_mn_major": a_mn_major,
+            "b_mn_major": b_mn_major,
+        }
+        groups = ["dense"]
+        if not a_mn_major:
+            groups.append("contiguous")
+        if not a_mn_major and not b_mn_major:
+            groups.append("masked")
+        if a_mn_major == b_mn_major:
+            groups.append("along_k")
+        forms.append((form, groups))
     return [
-        _config(tile, out_float32, accumulate, device)
-        for tile in TILES
-        for out_float32 in (False, True)
-        for accumulate in (False, True)
+        config
+        for form, groups in forms
+        for dtype, group in itertools.product((jnp.bfloat16, jnp.float32), groups)
+        for _, config in _configs(Problem(out_dtype=dtype, groups=group, **sizes, **form), device)
     ]

@@ -1,16 +1,18 @@
-"""The declaration of the dense GEMMs."""
+"""The declarations of the dense GEMMs, and of the kernel that they share with the grouped ones."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .._core.device import ARCHS, Device, cuda_device
 from .._core.op import Kernel, Op, Params
 from . import reference
-from .config import Config, Problem, choose
+from .config import ELEMENTS, Config, Problem, choose
+from .explain import tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,70 +21,167 @@ class GemmParams(Params):
     config: Config | None = None
 
 
-def config_of(params: GemmParams, operands: Sequence[Any], device: Device) -> Config:
-    """The config of a call, from its operands' types; ValueError if the one given does not fit."""
-    a, _, b, _, *c = operands
-    problem = Problem(
-        m=a.shape[-2],
-        n=b.shape[-2],
-        k=a.shape[-1],
-        batch=a.shape[0] if a.ndim == 3 else 1,
-        out_dtype=params.preferred_element_type,
-        accumulate=bool(c),
-    )
-    if params.config is None:
-        return choose(problem, device)
-    params.config.validate(problem, device)
-    return params.config
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a GEMM computes, whatever its sizes: see ``csrc/gemm/config.h``."""
+
+    scales: str = "blocks"
+    groups: str = "dense"
+    a_mn_major: bool = False
+    b_mn_major: bool = False
+
+    def problem(self, params: Any, operands: Sequence[Any]) -> Problem:
+        """The problem of a call: A and its scale, B and its scale, what tells the groups, C."""
+        a, b = operands[0], operands[1 if self.scales == "none" else 2]
+        told = {"dense": 0, "contiguous": 1, "masked": 1, "along_k": 2}[self.groups]
+        others = operands[2 if self.scales == "none" else 4 :]
+        m, k = a.shape[-2:][:: -1 if self.a_mn_major else 1]
+        n = b.shape[-1 if self.b_mn_major else -2]
+        batch = a.shape[0] if a.ndim == 3 else 1
+        if self.groups == "contiguous":
+            batch = b.shape[0]
+            m = -(-m // batch)
+        elif self.groups == "masked":
+            m = min(params.expected_m or m, m)
+        elif self.groups == "along_k":
+            batch = others[0].shape[0]
+            k = -(-k // batch)
+        return Problem(
+            m=m,
+            n=n,
+            k=k,
+            batch=batch,
+            out_dtype=params.preferred_element_type,
+            accumulate=len(others) > told,
+            a_dtype=a.dtype,
+            b_dtype=b.dtype,
+            a_mn_major=self.a_mn_major,
+            b_mn_major=self.b_mn_major,
+            scales=self.scales,
+            groups=self.groups,
+        )
+
+    def config(self, params: Any, operands: Sequence[Any], device: Device) -> Config:
+        """The config of a call; ValueError if the one given does not fit."""
+        problem = self.problem(params, operands)
+        config = getattr(params, "config", None)
+        if config is None:
+            return choose(problem, device)
+        config.validate(problem, device)
+        return config
+
+    def kernel(self) -> Kernel:
+        def attributes(params, operands, device):
+            config = self.config(params, operands, device)
+            tell(self.problem(params, operands), config, device)
+            return {
+                "config": np.array(config.integers, np.int64),
+                "arch": device.arch,
+                "num_sms": np.int64(device.num_sms),
+            }
+
+        return Kernel(
+            target="deepgemm_jax_gemm",
+            archs=ARCHS,
+            attributes=attributes,
+            column_major={"none": (), "blocks": ("a.scale",), "rows": ()}.get(
+                self.scales, ("a.scale", "b.scale")
+            ),
+            aliases={"c": "d"},
+            scratch=self._scratch,
+            refuses=self._refuses,
+        )
+
+    def _scratch(self, operands: Sequence[Any]) -> Sequence[jax.core.ShapedArray]:
+        """Where the kernel lists the runs of rows of one group."""
+        if self.groups != "contiguous":
+            return ()
+        return (jax.core.ShapedArray((operands[0].shape[-2] + 1, 4), jnp.int32),)
+
+    def _refuses(self, params: Any, operands: Sequence[Any]) -> str | None:
+        a, b = operands[0], operands[1 if self.scales == "none" else 2]
+        wanted = ELEMENTS[2:] if self.scales == "none" else ELEMENTS[:2]
+        for x in a, b:
+            if x.dtype not in wanted:
+                return f"operands of {x.dtype}"
+            if x.shape[-1] * x.dtype.itemsize % 16:
+                return f"rows of {x.shape[-1]} {x.dtype}, which are not 16-byte aligned"
+        if params.preferred_element_type not in (jnp.bfloat16, jnp.float32):
+            return f"a result of {params.preferred_element_type}"
+        if self.groups != "dense" and a.ndim > (3 if self.groups == "masked" else 2):
+            return "a batch of grouped problems"
+        return None
 
 
-def _check(params, operands):
-    if params.config is not None:
-        config_of(params, operands, cuda_device())
-
-
-def _attributes(params, operands, device):
-    config = config_of(params, operands, device)
-    return {
-        "config": np.array(dataclasses.astuple(config), np.int64),
-        "arch": device.arch,
-        "num_sms": np.int64(device.num_sms),
-    }
-
-
-def _divide_k(total, params, a, a_scale, b, b_scale, c=None):
+def _divide_k(total, params, *operands):
     """Parts of the sum stay float32; C is added to their total once, and the cast is last."""
+    operands, c = (operands[:-1], operands[-1]) if len(operands) % 2 else (operands, None)
     # A config that was given is one for D's dtype and C.
     parts = dataclasses.replace(params, preferred_element_type=jnp.float32, config=None)
-    (d,) = total(parts, a, a_scale, b, b_scale)
+    (d,) = total(parts, *operands)
     if c is not None:
         d += c.astype(jnp.float32)
     return [d.astype(params.preferred_element_type)]
 
 
-fp8_gemm_nt = Op(
-    "fp8_gemm_nt",
-    operands={
-        "a.data": "float8_e4m3fn[m k]",
-        "a.scale": "float32[m k/128]",
-        "b.data": "float8_e4m3fn[n k]",
-        "b.scale": "float32[n/128 k/128]",
-        "c?": "preferred_element_type[m n]",
-    },
-    results={"d": "preferred_element_type[m n]"},
-    limits={"n": (16, 1), "k": (16, 16)},
-    check=_check,
-    reference=reference.fp8_gemm_nt,
-    kernel=Kernel(
-        target="deepgemm_jax_gemm",
-        archs=ARCHS,
-        attributes=_attributes,
-        column_major=("a.scale",),
-        aliases={"c": "d"},
-    ),
-    derivative="its operands are quantised. Stop their gradient, or wrap the call in "
-    "jax.custom_vjp, with gradients that are products quantised along the dim that they contract",
-    batched=True,
-    fold=("m", "n"),
-    divide=_divide_k,
+def _gemm(name: str, a: dict, b: dict, form: Form, limits: dict, derivative: str, **rules) -> Op:
+    def check(params, operands):
+        if params.config is not None:
+            try:
+                form.config(params, operands, cuda_device())
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+    return Op(
+        name,
+        operands={**a, **b, "c?": "preferred_element_type[m n]"},
+        results={"d": "preferred_element_type[m n]"},
+        limits=limits,
+        check=check,
+        reference=reference.of_form(form.scales, form.a_mn_major, form.b_mn_major),
+        kernel=form.kernel(),
+        derivative=derivative,
+        batched=True,
+        fold=("m", "n"),
+        divide=_divide_k,
+        **rules,
+    )
+
+
+NO_DERIVATIVE = (
+    "in jax.custom_vjp, with gradients that are products quantised along the dim that they contract"
 )
+QUANTISED = f"its operands are quantised. Stop their gradient, or wrap the call {NO_DERIVATIVE}"
+PLAIN = "use jax.numpy.matmul, or wrap the call in jax.custom_vjp with gradients that are its kin"
+
+
+def _fp8(name: str, a_scale: str, b_scale: str, scales: str) -> Op:
+    fp8 = "float8_e4m3fn|float8_e5m2"
+    return _gemm(
+        name,
+        {"a.data": f"{fp8}[m k]", "a.scale": f"float32[{a_scale}]"},
+        {"b.data": f"{fp8}[n k]", "b.scale": f"float32[{b_scale}]"},
+        Form(scales),
+        {"n": (16, 1), "k": (16, 16)},
+        QUANTISED,
+    )
+
+
+def _bf16(name: str, a: str, b: str) -> Op:
+    return _gemm(
+        name,
+        {"a": f"bfloat16[{a}]"},
+        {"b": f"bfloat16[{b}]"},
+        Form("none", a_mn_major=a == "k m", b_mn_major=b == "k n"),
+        {},
+        PLAIN,
+    )
+
+
+fp8_gemm_nt: Op = _fp8("fp8_gemm_nt", "m k/128", "n/128 k/128", "blocks")
+fp8_gemm_nt_1d1d: Op = _fp8("fp8_gemm_1d1d", "m k/128", "n k/128", "channels")
+fp8_gemm_nt_rows: Op = _fp8("fp8_gemm_nt", "m", "n", "rows")
+bf16_gemm_nt = _bf16("bf16_gemm_nt", "m k", "n k")
+bf16_gemm_nn = _bf16("bf16_gemm_nn", "m k", "k n")
+bf16_gemm_tn = _bf16("bf16_gemm_tn", "k m", "k n")
+bf16_gemm_tt = _bf16("bf16_gemm_tt", "k m", "n k")

@@ -127,6 +127,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
         float32 [G, ceil(K / 128), ceil(N / 128)].
       m_indices: as there, as all that follow.
 
+    B's data are transposed first, in one pass: to do so once for many calls, see `prepare_weight`.
     Returns, raises and transforms as `m_grouped_fp8_gemm_nt_contiguous` does. The name is
     DeepGEMM's.
 
@@ -297,11 +298,11 @@ def m_grouped_fp8_gemm_nt_masked(
         [*unpack("m_grouped_fp8_gemm_nt_masked", "a", a)],
         [*unpack("m_grouped_fp8_gemm_nt_masked", "b", b)],
         masked_m,
+        zero_fill,
         op.MaskedParams(
             implementation,
             _out_dtype("m_grouped_fp8_gemm_nt_masked", preferred_element_type),
             expected_m=expected_m,
-            zero_fill=zero_fill,
         ),
     )
 
@@ -345,11 +346,11 @@ def m_grouped_bf16_gemm_nt_masked(
         [jnp.asarray(a)],
         [jnp.asarray(b)],
         masked_m,
+        zero_fill,
         op.MaskedParams(
             implementation,
             _out_dtype("m_grouped_bf16_gemm_nt_masked", preferred_element_type),
             expected_m=expected_m,
-            zero_fill=zero_fill,
         ),
     )
 
@@ -388,7 +389,8 @@ def k_grouped_fp8_gemm_tn_contiguous(
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
         is one and plain JAX elsewhere.
 
-    K may be 0; M and N are multiples of 16.
+    K may be 0; M and N are multiples of 16. Data are transposed first, in one pass:
+    `quantize_transpose` gives the form that `k_grouped_fp8_gemm_nt_contiguous` takes as it is.
 
     Returns:
       D, [G, M, N] of `preferred_element_type`. That of a group with no rows is C, or zero.
@@ -578,7 +580,7 @@ def _m_grouped(which, operands, b, rows_of_groups, params):
     return which(*operands, groups.row_ids(which.name, rows, count, *rows_of_groups), params=params)
 
 
-def _masked(which, a, b, masked_m, params):
+def _masked(which, a, b, masked_m, zero_fill, params):
     expected_m = params.expected_m
     if expected_m is not None and (not isinstance(expected_m, int) or expected_m < 0):
         raise ValueError(f"{which.name}: expected_m is {expected_m!r}, wanted None or an int >= 0")
@@ -592,7 +594,12 @@ def _masked(which, a, b, masked_m, params):
         masked_m = masked_m.sum(1, dtype=jnp.int32)
     masked_m = groups.integers(which.name, "masked_m", masked_m, shape[:1])
     rows = shape[1] if len(shape) > 1 else 0
-    return which(*a, *b, groups.clamp(masked_m, rows), params=params)
+    masked_m = groups.clamp(masked_m, rows)
+    d = which(*a, *b, masked_m, params=params)
+    if not zero_fill:
+        return d
+    valid = jnp.arange(rows) < masked_m[:, None]
+    return jnp.where(valid[..., None], d, jnp.zeros((), d.dtype))
 
 
 def _k_grouped(which, operands, axis, c, rows_of_groups, params):

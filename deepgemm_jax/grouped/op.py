@@ -12,6 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from .._core.op import Op, Params
+from ..gemm.layouts import transposed
+from ..gemm.op import Form
 from . import reference
 
 
@@ -32,7 +34,6 @@ class PlainParams(GroupedParams):
 @dataclasses.dataclass(frozen=True)
 class MaskedParams(GroupedParams):
     expected_m: int | None = None
-    zero_fill: bool = False
 
 
 NO_DERIVATIVE = (
@@ -50,13 +51,30 @@ def _divide_k(total, params, *operands):
     return [d.astype(params.preferred_element_type)]
 
 
-def _contiguous(name: str, a: dict, b: dict, ref, transpose_b: bool, derivative: str, limits=None):
+def _by_transposing(nt: Op, *positions: int) -> dict[str, Any]:
+    """How an op computes that is `nt` of the scaled operands there the other way round."""
+
+    def reference(params, *operands):
+        arrays = list(operands)
+        for i in positions:
+            x = transposed(nt.name, "operand", (arrays[i], arrays[i + 1]), arrays[i].ndim)
+            arrays[i : i + 2] = x.data, x.scale
+        return nt.bind(params, arrays)
+
+    return {"reference": reference, "composed": True}
+
+
+def _by_kernel(form: Form, reference) -> dict[str, Any]:
+    return {"reference": reference, "kernel": form.kernel()}
+
+
+def _contiguous(name: str, a: dict, b: dict, how: dict, derivative: str, limits=None):
     return Op(
         name,
         operands={**a, **b, "m_indices": "int32[m]"},
         results={"d": "preferred_element_type[m n]"},
         limits=limits,
-        reference=functools.partial(ref, transpose_b=transpose_b),
+        **how,
         derivative=derivative,
         batched=True,
         fold=("m", "n"),
@@ -65,26 +83,26 @@ def _contiguous(name: str, a: dict, b: dict, ref, transpose_b: bool, derivative:
     )
 
 
-def _k_grouped(name: str, a: dict, b: dict, c: dict, ref, axis: int, derivative: str, limits=None):
+def _k_grouped(name: str, a: dict, b: dict, c: dict, how: dict, derivative: str, limits=None):
     return Op(
         name,
         operands={**a, **b, "starts": "int32[g]", "ends": "int32[g]", **c},
         results={"d": "preferred_element_type[g m n]"},
         limits=limits,
-        reference=functools.partial(ref, axis=axis),
+        **how,
         derivative=derivative,
         batched=True,
         fold=("m", "n"),
     )
 
 
-def _masked(name: str, a: dict, b: dict, ref, derivative: str):
+def _masked(name: str, a: dict, b: dict, how: dict, derivative: str):
     return Op(
         name,
         operands={**a, **b, "masked_m": "int32[g]"},
         results={"d": "preferred_element_type[g m n]"},
         limits=LIMITS,
-        reference=ref,
+        **how,
         derivative=derivative,
         fold=("g",),
         divide=_divide_k,
@@ -101,12 +119,27 @@ K_LIMITS = {"m": (16, 16), "n": (16, 16)}
 A_FP8, A_BF16 = _fp8("a", "m k", "m k/128"), {"a": "bfloat16[m k]"}
 C = {"c?": "preferred_element_type[g m n]"}
 
+
+ROWS_NT, ROWS_NN = (
+    _by_kernel(
+        Form("none", "contiguous", b_mn_major=transpose_b),
+        functools.partial(reference.contiguous, transpose_b=transpose_b),
+    )
+    for transpose_b in (False, True)
+)
+SUMS_TN, SUMS_NT = (
+    _by_kernel(
+        Form("none", "along_k", a_mn_major=axis == 0, b_mn_major=axis == 0),
+        functools.partial(reference.k_grouped, axis=axis),
+    )
+    for axis in (0, 1)
+)
+
 m_grouped_fp8_gemm_nt_contiguous = _contiguous(
     "m_grouped_fp8_gemm_nt_contiguous",
     A_FP8,
     _fp8("b", "g n k", "g n/128 k/128"),
-    reference.fp8_contiguous,
-    False,
+    _by_kernel(Form("blocks", "contiguous"), reference.fp8_contiguous),
     QUANTISED,
     LIMITS,
 )
@@ -114,8 +147,7 @@ m_grouped_fp8_gemm_nn_contiguous = _contiguous(
     "m_grouped_fp8_gemm_nn_contiguous",
     A_FP8,
     _fp8("b", "g k n", "g k/128 n/128"),
-    reference.fp8_contiguous,
-    True,
+    _by_transposing(m_grouped_fp8_gemm_nt_contiguous, 2),
     QUANTISED,
     LIMITS,
 )
@@ -123,8 +155,7 @@ m_grouped_bf16_gemm_nt_contiguous = _contiguous(
     "m_grouped_bf16_gemm_nt_contiguous",
     A_BF16,
     {"b": "bfloat16[g n k]"},
-    reference.contiguous,
-    False,
+    ROWS_NT,
     PLAIN,
     LIMITS,
 )
@@ -132,8 +163,7 @@ m_grouped_bf16_gemm_nn_contiguous = _contiguous(
     "m_grouped_bf16_gemm_nn_contiguous",
     A_BF16,
     {"b": "bfloat16[g k n]"},
-    reference.contiguous,
-    True,
+    ROWS_NN,
     PLAIN,
     {**LIMITS, "n": (16, 8)},
 )
@@ -141,33 +171,31 @@ m_grouped_fp8_gemm_nt_masked = _masked(
     "m_grouped_fp8_gemm_nt_masked",
     _fp8("a", "g m k", "g m k/128"),
     _fp8("b", "g n k", "g n/128 k/128"),
-    reference.fp8_masked,
+    _by_kernel(Form("blocks", "masked"), reference.fp8_masked),
     QUANTISED,
 )
 m_grouped_bf16_gemm_nt_masked = _masked(
     "m_grouped_bf16_gemm_nt_masked",
     {"a": "bfloat16[g m k]"},
     {"b": "bfloat16[g n k]"},
-    reference.masked,
+    _by_kernel(Form("none", "masked"), reference.masked),
     NO_DERIVATIVE,
-)
-k_grouped_fp8_gemm_tn_contiguous = _k_grouped(
-    "k_grouped_fp8_gemm_tn_contiguous",
-    _fp8("a", "k m", "k/128 m"),
-    _fp8("b", "k n", "k/128 n"),
-    C,
-    reference.fp8_k_grouped,
-    0,
-    QUANTISED,
-    K_LIMITS,
 )
 k_grouped_fp8_gemm_nt_contiguous = _k_grouped(
     "k_grouped_fp8_gemm_nt_contiguous",
     _fp8("a", "m k", "m k/128"),
     _fp8("b", "n k", "n k/128"),
     C,
-    reference.fp8_k_grouped,
-    1,
+    _by_kernel(Form("channels", "along_k"), reference.fp8_k_grouped),
+    QUANTISED,
+    K_LIMITS,
+)
+k_grouped_fp8_gemm_tn_contiguous = _k_grouped(
+    "k_grouped_fp8_gemm_tn_contiguous",
+    _fp8("a", "k m", "k/128 m"),
+    _fp8("b", "k n", "k/128 n"),
+    C,
+    _by_transposing(k_grouped_fp8_gemm_nt_contiguous, 0, 2),
     QUANTISED,
     K_LIMITS,
 )
@@ -176,8 +204,7 @@ k_grouped_bf16_gemm_tn_contiguous = _k_grouped(
     {"a": "bfloat16[k m]"},
     {"b": "bfloat16[k n]"},
     C,
-    reference.k_grouped,
-    0,
+    SUMS_TN,
     NO_DERIVATIVE,
     K_LIMITS,
 )
@@ -186,34 +213,23 @@ k_grouped_bf16_gemm_nt_contiguous = _k_grouped(
     {"a": "bfloat16[m k]"},
     {"b": "bfloat16[n k]"},
     C,
-    reference.k_grouped,
-    1,
+    SUMS_NT,
     NO_DERIVATIVE,
     K_LIMITS,
 )
 # What ragged_dot and its gradients are made of, in any dtypes.
+LHS, RHS = "lhs_dtype", "rhs_dtype"
 ragged_nn = _contiguous(
-    "ragged_dot",
-    {"lhs": "lhs_dtype[m k]"},
-    {"rhs": "rhs_dtype[g k n]"},
-    reference.contiguous,
-    True,
-    PLAIN,
+    "ragged_dot", {"lhs": f"{LHS}[m k]"}, {"rhs": f"{RHS}[g k n]"}, ROWS_NN, PLAIN
 )
 ragged_nt = _contiguous(
-    "ragged_dot_transposed",
-    {"lhs": "lhs_dtype[m k]"},
-    {"rhs": "rhs_dtype[g n k]"},
-    reference.contiguous,
-    False,
-    PLAIN,
+    "ragged_dot_transposed", {"lhs": f"{LHS}[m k]"}, {"rhs": f"{RHS}[g n k]"}, ROWS_NT, PLAIN
 )
 ragged_contracting = _k_grouped(
     "ragged_dot_contracting",
-    {"lhs": "lhs_dtype[k m]"},
-    {"rhs": "rhs_dtype[k n]"},
+    {"lhs": f"{LHS}[k m]"},
+    {"rhs": f"{RHS}[k n]"},
     {},
-    reference.k_grouped,
-    0,
+    SUMS_TN,
     PLAIN,
 )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core import compat
-from ..gemm.reference import fp8_gemm_nt
+from ..gemm.reference import fp8_gemm_1d2d
 
 BLOCK = 128
 LARGEST_TILE = 128
@@ -76,22 +76,17 @@ def _rows_by_tile(params: Any, ids: jax.Array, groups: int, n: int, product: Cal
 
 
 @_one_or_batch
-def fp8_contiguous(params, a, a_scale, b, b_scale, ids, *, transpose_b):
-    """`b` is [G, K, N] where `transpose_b`, else [G, N, K]."""
-
+def fp8_contiguous(params, a, a_scale, b, b_scale, ids):
     def product(rows, group):
-        weights = b[group], b_scale[group]
-        if transpose_b:
-            weights = weights[0].T, weights[1].T
-        return fp8_gemm_nt(params, a[rows], a_scale[rows], *weights)[0]
+        return fp8_gemm_1d2d(params, a[rows], a_scale[rows], b[group], b_scale[group])[0]
 
-    n = b.shape[2 if transpose_b else 1]
-    return _rows_by_tile(params, ids, b.shape[0], n, product)
+    groups, n, _ = b.shape
+    return _rows_by_tile(params, ids, groups, n, product)
 
 
 @_one_or_batch
 def contiguous(params, a, b, ids, *, transpose_b):
-    """The same in the dtypes that there are."""
+    """The same in the dtypes that there are; `b` is [G, K, N] if `transpose_b`, else [G, N, K]."""
     n = b.shape[2 if transpose_b else 1]
 
     def product(rows, group):
@@ -102,22 +97,13 @@ def contiguous(params, a, b, ids, *, transpose_b):
     return _rows_by_tile(params, ids, b.shape[0], n, product)
 
 
-def _zero_fill(params, d, masked_m):
-    if not params.zero_fill:
-        return [d]
-    valid = jnp.arange(d.shape[1]) < masked_m[:, None]
-    return [jnp.where(valid[..., None], d, jnp.zeros((), d.dtype))]
-
-
 def fp8_masked(params, a, a_scale, b, b_scale, masked_m):
-    (d,) = fp8_gemm_nt(params, a, a_scale, b, b_scale)
-    return _zero_fill(params, d, masked_m)
+    return fp8_gemm_1d2d(params, a, a_scale, b, b_scale)
 
 
 def masked(params, a, b, masked_m):
     dtype = params.preferred_element_type
-    d = jax.lax.map(lambda ab: _dot(ab[0], ab[1], (1, 1), None, dtype).astype(dtype), (a, b))
-    return _zero_fill(params, d, masked_m)
+    return [jax.lax.map(lambda ab: _dot(ab[0], ab[1], (1, 1), None, dtype).astype(dtype), (a, b))]
 
 
 def _sum_by_tile(
@@ -149,17 +135,15 @@ def _sum_by_tile(
 
 
 @_one_or_batch
-def fp8_k_grouped(params, a, a_scale, b, b_scale, starts, ends, c=None, *, axis):
-    """K is dim `axis` of both operands."""
-    k, m, n = a.shape[axis], a.shape[1 - axis], b.shape[1 - axis]
+def fp8_k_grouped(params, a, a_scale, b, b_scale, starts, ends, c=None):
+    (m, k), n = a.shape, b.shape[0]
 
     def product(index, valid):
         def take(x, scale):
-            values = jnp.take(x, index, axis).astype(jnp.float32)
-            values *= jnp.take(scale, index // BLOCK, axis)
-            return jnp.where(jnp.expand_dims(valid, 1 - axis), values, 0)
+            values = jnp.take(x, index, 1).astype(jnp.float32)
+            return jnp.where(valid, values * jnp.take(scale, index // BLOCK, 1), 0)
 
-        return _dot(take(a, a_scale), take(b, b_scale), (axis, axis), None, jnp.float32)
+        return _dot(take(a, a_scale), take(b, b_scale), (1, 1), None, jnp.float32)
 
     d = jnp.zeros((starts.size, m, n), jnp.float32) if c is None else c.astype(jnp.float32)
     return _sum_by_tile(params, (a, a_scale, b, b_scale), k, starts, ends, d, product)
@@ -167,7 +151,7 @@ def fp8_k_grouped(params, a, a_scale, b, b_scale, starts, ends, c=None, *, axis)
 
 @_one_or_batch
 def k_grouped(params, a, b, starts, ends, c=None, *, axis):
-    """The same in the dtypes that there are."""
+    """The same in the dtypes that there are; K is dim `axis` of both operands."""
     k, m, n = a.shape[axis], a.shape[1 - axis], b.shape[1 - axis]
     dtype = accumulator(params.preferred_element_type)
 

@@ -1,74 +1,75 @@
 """The choice of a config, for problems and GPUs of all sizes."""
 
 import dataclasses
-import itertools
 import math
+import random
 
 import jax.numpy as jnp
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from deepgemm_jax import _C
 from deepgemm_jax._core.device import H200
-from deepgemm_jax.gemm.config import MAX_STAGES, TILES, Problem, candidates, choose, variants
+from deepgemm_jax.gemm.config import MAX_STAGES, Problem, candidates, choose, variants
 
 PROBLEM = Problem(m=130, n=200, k=400, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
 VARIANTS = set(variants())
+FP8 = [{"scales": scales} for scales in ("blocks", "channels", "rows")]
+BF16 = [
+    {"scales": "none", "a_mn_major": a, "b_mn_major": b}
+    | {"a_dtype": jnp.bfloat16, "b_dtype": jnp.bfloat16}
+    for a in (False, True)
+    for b in (False, True)
+]
+GROUPED = [
+    {"scales": "blocks", "groups": "contiguous"},
+    {"scales": "blocks", "groups": "masked"},
+    {"scales": "channels", "groups": "along_k"},
+    BF16[0] | {"groups": "contiguous"},
+    BF16[1] | {"groups": "contiguous"},
+    BF16[0] | {"groups": "masked"},
+    BF16[3] | {"groups": "along_k"},
+]
 
 
 def smem_bytes(config) -> int:
-    return _C.gemm_smem_bytes(dataclasses.astuple(config))
+    return _C.gemm_smem_bytes(config.integers)
 
 
-def up_to(bits: int):
-    """Integers of all magnitudes alike."""
-    return st.integers(0, bits).flatmap(lambda bit: st.integers(1, 2**bit))
+def random_problem(rng: random.Random) -> Problem:
+    def up_to(bits: int) -> int:
+        """Of all magnitudes alike."""
+        return rng.randint(1, 2 ** rng.randint(0, bits))
+
+    sizes = {
+        "m": up_to(20) if rng.random() > 0.02 else 0,
+        "n": up_to(18) + 15,
+        "k": 16 * up_to(14),
+        "batch": up_to(8),
+        "out_dtype": rng.choice([jnp.bfloat16, jnp.float32]),
+        "accumulate": rng.random() < 0.5,
+    }
+    return Problem(**sizes | rng.choice(FP8 + BF16 + GROUPED))
 
 
-problems = st.builds(
-    Problem,
-    m=st.just(0) | up_to(20),
-    n=up_to(18).map(lambda n: n + 15),
-    k=up_to(14).map(lambda k: 16 * k),
-    batch=up_to(8),
-    out_dtype=st.sampled_from([jnp.bfloat16, jnp.float32]),
-    accumulate=st.booleans(),
-)
-# Whole GPUs, and parts of them.
-devices = st.integers(2, 144).map(lambda sms: dataclasses.replace(H200, num_sms=sms))
+def test_choice():
+    rng = random.Random(0)
+    for _ in range(10_000):
+        problem = random_problem(rng)
+        # Whole GPUs, and parts of them.
+        device = dataclasses.replace(H200, num_sms=rng.randint(2, 144))
+        found = candidates(problem, device)
+        seconds = [predicted for _, predicted in found]
+        assert seconds == sorted(seconds)
+        assert seconds[0] > 0 and math.isfinite(seconds[-1])
+        assert len({config for config, _ in found}) == len(found)
 
-
-@settings(deadline=None, max_examples=1000)
-@given(problem=problems, device=devices)
-def test_choice(problem, device):
-    found = candidates(problem, device)
-    seconds = [predicted for _, predicted in found]
-    assert seconds == sorted(seconds)
-    assert seconds[0] > 0 and math.isfinite(seconds[-1])
-    assert len({config for config, _ in found}) == len(TILES)
-
-    config = choose(problem, device)
-    assert config == found[0][0]
-    config.validate(problem, device)
-    assert smem_bytes(config) <= device.smem_bytes
-    assert config in VARIANTS, "warm-up would not compile it"
-
-
-@pytest.mark.parametrize("tile", TILES, ids=str)
-def test_every_tile_makes_valid_configs(tile):
-    shape = tile.block_m, tile.block_n
-    for out_dtype, accumulate in itertools.product((jnp.bfloat16, jnp.float32), (False, True)):
-        problem = dataclasses.replace(PROBLEM, out_dtype=out_dtype, accumulate=accumulate)
-        (config,) = (
-            config
-            for config, _ in candidates(problem, H200)
-            if (config.block_m, config.block_n) == shape
-            and (config.cluster_m, config.cluster_n) == (tile.cluster_m, tile.cluster_n)
-        )
-        config.validate(problem, H200)
+        config = choose(problem, device)
+        assert config == found[0][0]
+        config.validate(problem, device)
+        assert smem_bytes(config) <= device.smem_bytes
         deeper = dataclasses.replace(config, stages=config.stages + 1)
-        assert config.stages == MAX_STAGES or smem_bytes(deeper) > H200.smem_bytes
+        assert config.stages == MAX_STAGES or smem_bytes(deeper) > device.smem_bytes
+        assert config in VARIANTS, "warm-up would not compile it"
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,8 @@ def test_every_tile_makes_valid_configs(tile):
         ({"stages": 100_000}, "2 to 12 stages"),
         ({"block_m": 256, "block_n": 192}, "at most 232 registers a thread, not 312"),
         ({"stages": 12}, "at most 232448 bytes of shared memory, not "),
-        ({"out_float32": 1}, "out_float32=0 for a result of"),
-        ({"accumulate": 1}, "accumulate=0, which says whether C is given"),
+        ({"out_float32": 1}, "out_float32=0, as the operands have it"),
+        ({"scales": 2}, "scales=1, as the operands have it"),
     ],
     ids=str,
 )
@@ -97,7 +98,25 @@ def test_config_that_does_not_fit(change, wanted):
     config = dataclasses.replace(config, stages=4, cluster_m=1, cluster_n=1)
     config.validate(PROBLEM, H200)
     config = dataclasses.replace(config, **change)
-    with pytest.raises(ValueError, match="^fp8_gemm_nt: config is ") as raised:
+    with pytest.raises(ValueError, match="^config is ") as raised:
         config.validate(PROBLEM, H200)
     assert str(config) in str(raised.value)
     assert wanted in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "wanted"),
+    [
+        (FP8[1], {"block_n": 96}, "block_n a multiple of 64 with a scale for each column"),
+        (FP8[2], {"block_m": 256}, "block_m = 64 for each consumer with a scale for each column"),
+        (BF16[1], {"block_n": 96}, "loads of whole 64 rows where K is not contiguous"),
+    ],
+    ids=str,
+)
+def test_config_that_does_not_fit_the_form(form, change, wanted):
+    problem = dataclasses.replace(PROBLEM, **form)
+    config = dataclasses.replace(choose(problem, H200), block_m=128, block_n=64, consumers=2)
+    config = dataclasses.replace(config, stages=3, cluster_m=1, cluster_n=1)
+    config.validate(problem, H200)
+    with pytest.raises(ValueError, match=wanted):
+        dataclasses.replace(config, **change).validate(problem, H200)

@@ -16,7 +16,8 @@ def compiled():
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_code_multiplies_in_fp8_and_spills_nothing(variant):
+def test_code_multiplies_on_tensor_cores_and_spills_nothing(variant):
     code = disassemble(config.SOURCE, variant)
-    assert re.search(r"\bQGMMA\b", code)
+    fp8 = config.SCALES[variant.scales] != "none"
+    assert re.search(r"\bQGMMA\b" if fp8 else r"\bHGMMA\b", code)
     assert_nothing_spilled(code)

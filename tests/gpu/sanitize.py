@@ -1,31 +1,20 @@
-"""Every tile shape of the kernels once, for NVIDIA's compute-sanitizer to watch:
+"""Every variant of the kernels once, for NVIDIA's compute-sanitizer to watch:
 
-    XLA_PYTHON_CLIENT_PREALLOCATE=false compute-sanitizer --tool racecheck \\
+    XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=.:tests compute-sanitizer --tool racecheck \\
         --kernel-name kernel_substring=kernel python tests/gpu/sanitize.py
 """
 
 import jax
 import jax.numpy as jnp
+from gemm_forms import FORMS, assert_exact, every_config
 
-from deepgemm_jax import ScaledArray, fp8_gemm_nt, fp8_mqa_logits, indexer_topk
+from deepgemm_jax import fp8_mqa_logits, indexer_topk
 from deepgemm_jax._core.device import cuda_device
 from deepgemm_jax.attention.config import logits_variants
-from deepgemm_jax.gemm.config import Problem, candidates
 
-
-def ones(rows: int, columns: int, block_rows: int) -> ScaledArray:
-    scale = jnp.ones((-(-rows // block_rows), -(-columns // 128)))
-    return ScaledArray(jnp.ones((rows, columns), jnp.float8_e4m3fn), scale)
-
-
-m, n, k = 300, 264, 272
-a, b = ones(m, k, 1), ones(n, k, 128)
-for dtype in (jnp.bfloat16, jnp.float32):
-    for c in (None, jnp.ones((m, n), dtype)):
-        problem = Problem(m, n, k, 1, dtype, c is not None)
-        for config, _ in candidates(problem, cuda_device()):
-            d = fp8_gemm_nt(a, b, c, preferred_element_type=dtype, config=config)
-            assert (jax.block_until_ready(d) == k + (c is not None)).all(), config
+for form in FORMS:
+    for _, d in every_config(form, form.params.preferred_element_type):
+        assert_exact(form, d)
 
 for logits_config in logits_variants(cuda_device()):
     heads = logits_config.heads

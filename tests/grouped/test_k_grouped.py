@@ -149,7 +149,7 @@ def test_bad_input(form):
     ]:
         with pytest.raises(error, match=f"^{form}: .*{named}"):
             form.function(*arguments, **keywords)
-    with pytest.raises(NotImplementedError, match=f"{form} has no kernel"):
+    with pytest.raises(NotImplementedError, match="has no kernel"):
         form.function(a, b, group_sizes=sizes, implementation="cuda")
 
 

@@ -1,0 +1,85 @@
+// From operands in memory to a launch of the GEMM.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "gemm/config.h"
+#include "jit/tensor_map.h"
+
+namespace deepgemm::gemm {
+
+// [batch, rows, columns], row after row.
+struct Matrix {
+  void* data;
+  uint64_t batch, rows, columns;
+
+  // Boxes of elements of `bytes` bytes.
+  TensorMap map(uint64_t bytes, uint32_t box_columns, uint32_t box_rows) const {
+    const uint32_t row_bytes = box_columns * bytes;
+    return jit::tensor_map(
+        data,
+        bytes == 1 ? jit::CU_TENSOR_MAP_DATA_TYPE_UINT8 : jit::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        {columns, rows, batch}, {columns * bytes, columns * rows * bytes},
+        {box_columns, box_rows, 1},
+        row_bytes == 128  ? jit::CU_TENSOR_MAP_SWIZZLE_128B
+        : row_bytes == 64 ? jit::CU_TENSOR_MAP_SWIZZLE_64B
+                          : jit::CU_TENSOR_MAP_SWIZZLE_32B);
+  }
+};
+
+// A null pointer is what the config has no use for.
+struct Operands {
+  Matrix a, b, d;
+  const float *a_scale, *b_scale;
+  const int* groups[2];  // see Groups
+  Span* spans;           // kContiguous: where they are to be found
+  bool accumulate;
+};
+
+struct Plan {
+  Params params;
+  int clusters;
+};
+
+inline Plan plan(const Config& config, int num_sms, const Operands& x) {
+  const auto operand = [&](const Matrix& matrix, bool mn_major, int rows) {
+    return matrix.map(config.element_bytes(), kRowBytes / config.element_bytes(),
+                      mn_major ? config.block_k() : rows);
+  };
+  Params p = {};
+  p.a = operand(x.a, config.a_mn_major, config.block_m / config.cluster_n);
+  p.b = operand(x.b, config.b_mn_major, config.block_n / config.cluster_m);
+  p.accumulate = x.accumulate;
+  p.copy_engine = !config.out_float32 && x.d.columns % 8 == 0;
+  if (p.copy_engine) p.store = x.d.map(2, config.box_n(), 16);
+  p.a_scale = x.a_scale;
+  p.b_scale = x.b_scale;
+  p.d = x.d.data;
+  p.m = x.d.rows;
+  p.n = x.d.columns;
+  p.k = config.a_mn_major ? x.a.rows : x.a.columns;
+  p.blocks_n = ceil_div(p.n, 128);
+  p.blocks_k = ceil_div(p.k, config.block_k());
+  p.spans = x.spans;
+  p.sizes = p.starts = x.groups[0];
+  p.ends = x.groups[1];
+  const bool contiguous = config.groups == kContiguous;
+  p.num_groups = contiguous ? x.b.batch : x.d.batch;
+
+  // Of one group the rows are not known here, but there are no more than all.
+  const int rows = ceil_div(p.m, config.block_m * config.cluster_m);
+  const int columns = ceil_div(p.n, config.block_n * config.cluster_n);
+  const int64_t tiles =
+      int64_t{columns} * (contiguous ? rows + p.num_groups : int64_t{rows} * p.num_groups);
+  const int clusters = std::min<int64_t>(num_sms / config.cluster(), tiles);
+  // The tiles that run at once should cover a square of D.
+  const double aspect =
+      double(config.block_n * config.cluster_n) / (config.block_m * config.cluster_m);
+  const int band = std::lround(std::sqrt(clusters * aspect));
+  p.order = {rows, columns, config.groups == kDense ? p.num_groups : 1, std::clamp(band, 1, rows)};
+  return {p, clusters};
+}
+
+}  // namespace deepgemm::gemm

@@ -1,0 +1,199 @@
+"""Each form of the GEMM kernel on small integers, of which every sum is exact, whatever the order.
+
+So results can be compared bit for bit, config by config.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepgemm_jax._core.device import cuda_device
+from deepgemm_jax.gemm import op as dense
+from deepgemm_jax.gemm.config import candidates
+from deepgemm_jax.grouped import op as grouped
+
+M, N, K, GROUPS = 304, 264, 400, 5
+BLOCKS_N, BLOCKS_K = -(-N // 128), -(-K // 128)
+SIZES = np.array([130, 0, 1, 120, 33])  # of groups, of rows or along K; some are left over
+ENDS = np.cumsum(SIZES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """An op, random operands for it, and its result in float64, NaN where that is not defined."""
+
+    name: str
+    op: Any
+    params: Any
+    form: dense.Form
+    operands: tuple[np.ndarray, ...]
+    expected: np.ndarray
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def forms(seed: int = 0) -> Iterator[Form]:
+    rng = np.random.default_rng(seed)
+
+    def data(*shape, dtype=jnp.float8_e4m3fn):
+        return rng.integers(-2, 3, shape).astype(dtype)
+
+    def scale(*shape):
+        return np.exp2(rng.integers(-1, 2, shape)).astype(np.float32)
+
+    def wide(x, rows=1, k=BLOCKS_K):
+        """A scale for each element."""
+        x = np.repeat(np.asarray(x, np.float64), rows, -2)
+        return np.repeat(x, 128, -1)[..., :K] if k > 1 else x
+
+    def double(x):
+        return np.asarray(x, np.float64)
+
+    def product(a, b):
+        return a @ np.swapaxes(b, -1, -2)
+
+    # Dense, FP8.
+    for a_type, b_type in ((jnp.float8_e4m3fn,) * 2, (jnp.float8_e5m2, jnp.float8_e4m3fn)):
+        a, b = data(M, K, dtype=a_type), data(N, K, dtype=b_type)
+        a_scale = scale(M, BLOCKS_K)
+        a64, b64 = double(a) * wide(a_scale), double(b)
+        name = jnp.dtype(a_type).name
+        blocks, channels = scale(BLOCKS_N, BLOCKS_K), scale(N, BLOCKS_K)
+        rows, columns = scale(M), scale(N)
+        for kind, which, scales, expected in (
+            ("blocks", dense.fp8_gemm_nt, (a_scale, blocks), b64 * wide(blocks, 128)[:N]),
+            ("channels", dense.fp8_gemm_nt_1d1d, (a_scale, channels), b64 * wide(channels)),
+            ("rows", dense.fp8_gemm_nt_rows, (rows, columns), b64 * columns[:, None]),
+        ):
+            left = double(a) * rows[:, None] if kind == "rows" else a64
+            yield Form(
+                f"{kind} {name}",
+                which,
+                dense.GemmParams(),
+                dense.Form(kind),
+                (a, scales[0], b, scales[1]),
+                product(left, expected),
+            )
+    # Dense, bfloat16, in every layout.
+    for layout in ("nt", "nn", "tn", "tt"):
+        a, b = data(M, K, dtype=jnp.bfloat16), data(N, K, dtype=jnp.bfloat16)
+        expected = product(double(a), double(b))
+        form = dense.Form("none", a_mn_major=layout[0] == "t", b_mn_major=layout[1] == "n")
+        operands = (a.T if form.a_mn_major else a, b.T if form.b_mn_major else b)
+        which = getattr(dense, f"bf16_gemm_{layout}")
+        yield Form(f"bf16 {layout}", which, dense.GemmParams(), form, operands, expected)
+    # Rows of groups, in order and in none.
+    weights = data(GROUPS, N, K)
+    weight_scale = scale(GROUPS, BLOCKS_N, BLOCKS_K)
+    weights64 = double(weights) * wide(weight_scale, 128)[:, :N]
+    plain = data(GROUPS, N, K, dtype=jnp.bfloat16)
+    in_order = np.repeat([*range(GROUPS), -1], [*SIZES, M - ENDS[-1]])
+    shuffled = np.repeat(rng.integers(-1, GROUPS, M // 8), 8)
+    for order, ids in (("sorted", in_order), ("shuffled", shuffled)):
+        ids = ids.astype(np.int32)
+        member = (ids[:, None] == np.arange(GROUPS))[..., None]
+        a, a_scale = data(M, K), scale(M, BLOCKS_K)
+        each = product(double(a) * wide(a_scale), weights64).swapaxes(0, 1)
+        yield Form(
+            f"contiguous {order}",
+            grouped.m_grouped_fp8_gemm_nt_contiguous,
+            grouped.GroupedParams(),
+            dense.Form("blocks", "contiguous"),
+            (a, a_scale, weights, weight_scale, ids),
+            np.where(member, each, 0).sum(1),
+        )
+        a = data(M, K, dtype=jnp.bfloat16)
+        each = product(double(a), double(plain)).swapaxes(0, 1)
+        for layout in ("nt", "nn"):
+            yield Form(
+                f"contiguous bf16 {layout} {order}",
+                getattr(grouped, f"m_grouped_bf16_gemm_{layout}_contiguous"),
+                grouped.PlainParams(),
+                dense.Form("none", "contiguous", b_mn_major=layout == "nn"),
+                (a, plain.swapaxes(1, 2) if layout == "nn" else plain, ids),
+                np.where(member, each, 0).sum(1),
+            )
+    # The first rows of each group.
+    rows = 140
+    masked_m = np.array([0, rows, 1, 129, 64], np.int32)
+    valid = (np.arange(rows) < masked_m[:, None])[..., None]
+    a, a_scale = data(GROUPS, rows, K), scale(GROUPS, rows, BLOCKS_K)
+    yield Form(
+        "masked",
+        grouped.m_grouped_fp8_gemm_nt_masked,
+        grouped.MaskedParams(),
+        dense.Form("blocks", "masked"),
+        (a, a_scale, weights, weight_scale, masked_m),
+        np.where(valid, product(double(a) * wide(a_scale), weights64), np.nan),
+    )
+    a = data(GROUPS, rows, K, dtype=jnp.bfloat16)
+    yield Form(
+        "masked bf16",
+        grouped.m_grouped_bf16_gemm_nt_masked,
+        grouped.MaskedParams(),
+        dense.Form("none", "masked"),
+        (a, plain, masked_m),
+        np.where(valid, product(double(a), double(plain)), np.nan),
+    )
+    # Ranges of K.
+    starts, ends = (ENDS - SIZES).astype(np.int32), ENDS.astype(np.int32)
+
+    def sums(a, b):
+        spans = zip(starts, ends, strict=True)
+        return np.stack([product(a[:, i:j], b[:, i:j]) for i, j in spans])
+
+    a, b = data(M, K), data(N // 16 * 16, K)
+    a_scale, b_scale = scale(M, BLOCKS_K), scale(N // 16 * 16, BLOCKS_K)
+    yield Form(
+        "along K",
+        grouped.k_grouped_fp8_gemm_nt_contiguous,
+        grouped.GroupedParams(preferred_element_type=jnp.float32),
+        dense.Form("channels", "along_k"),
+        (a, a_scale, b, b_scale, starts, ends),
+        sums(double(a) * wide(a_scale), double(b) * wide(b_scale)),
+    )
+    a, b = data(M, K, dtype=jnp.bfloat16), data(N // 16 * 16, K, dtype=jnp.bfloat16)
+    for layout in ("nt", "tn"):
+        mn_major = layout == "tn"
+        yield Form(
+            f"along K bf16 {layout}",
+            getattr(grouped, f"k_grouped_bf16_gemm_{layout}_contiguous"),
+            grouped.PlainParams(preferred_element_type=jnp.float32),
+            dense.Form("none", "along_k", a_mn_major=mn_major, b_mn_major=mn_major),
+            (a.T, b.T, starts, ends) if layout == "tn" else (a, b, starts, ends),
+            sums(double(a), double(b)),
+        )
+
+
+FORMS = list(forms())
+
+
+def run(form: Form, dtype: Any, c: np.ndarray | None = None, choose: Callable | None = None):
+    """The op's result on a GPU if there is one; with configs from `choose` if it is given."""
+    params = dataclasses.replace(form.params, preferred_element_type=jnp.dtype(dtype))
+    operands = form.operands if c is None else (*form.operands, c)
+    with mock.patch.object(dense, "choose", choose or dense.choose):
+        # A function of its own, lest JAX should take what another config was compiled to.
+        return jax.jit(lambda *x: form.op(*x, params=params))(*operands)
+
+
+def every_config(form: Form, dtype: Any, c: np.ndarray | None = None) -> Iterator[tuple[Any, Any]]:
+    """Each config and the result that it gives."""
+    params = dataclasses.replace(form.params, preferred_element_type=jnp.dtype(dtype))
+    operands = form.operands if c is None else (*form.operands, c)
+    problem = form.form.problem(params, operands)
+    for config, _ in candidates(problem, cuda_device()):
+        yield config, run(form, dtype, c, lambda problem, device, config=config: config)
+
+
+def assert_exact(form: Form, d: Any, c: np.ndarray | None = None) -> None:
+    expected = form.expected if c is None else form.expected + np.asarray(c, np.float64)
+    expected = np.asarray(expected.astype(np.float32).astype(d.dtype), np.float64)
+    valid = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.asarray(d, np.float64)[valid], expected[valid])

@@ -1,0 +1,95 @@
+"""The GEMM's kernel on the host: see tests/simulator."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gemm_forms import Form
+
+from deepgemm_jax.gemm.config import Config
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+SMS = 6  # few, that each has several tiles
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_uint64) for name in ("batch", "rows", "columns")),
+    ]
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> "Matrix":
+        return cls(x.ctypes.data, x.shape[0] if x.ndim == 3 else 1, *x.shape[-2:])
+
+
+class Operands(ctypes.Structure):
+    _fields_ = [
+        *((name, Matrix) for name in "abd"),
+        ("a_scale", ctypes.c_void_p),
+        ("b_scale", ctypes.c_void_p),
+        ("groups", ctypes.c_void_p * 2),
+        ("spans", ctypes.c_void_p),
+        ("accumulate", ctypes.c_bool),
+    ]
+
+
+def build(config: Config, folder: Path) -> ctypes.CDLL:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    library = folder / f"{'_'.join(map(str, config.integers))}.so"
+    subprocess.run(
+        [
+            *(compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-w"),
+            f"-DCONFIG={','.join(map(str, config.integers))}",
+            *(f"-I{TESTS / 'simulator'}", f"-I{CSRC}"),
+            *(TESTS / "simulator" / "gemm.cc", "-o", library),
+        ],
+        check=True,
+    )
+    return ctypes.CDLL(library)
+
+
+def simulate(form: Form, config: Config, folder: Path, c: np.ndarray | None = None) -> np.ndarray:
+    """What the kernel makes of the form's operands."""
+    operands = Operands(accumulate=c is not None)
+    kept = []  # until the kernel has run
+
+    def laid_out(array, x) -> np.ndarray:
+        if array.name in form.op.kernel.column_major:
+            x = np.swapaxes(x, -1, -2)
+        kept.append(np.ascontiguousarray(x))
+        return kept[-1]
+
+    groups = []
+    for array, operand in zip(form.op.signature.operands, form.operands, strict=False):
+        x = laid_out(array, operand)
+        name = array.name.removesuffix(".data").replace(".", "_")
+        if name in ("a", "b"):
+            setattr(operands, name, Matrix.of(x))
+        elif name.endswith("_scale"):
+            setattr(operands, name, x.ctypes.data)
+        else:
+            groups.append(x.ctypes.data)
+    operands.groups = (*groups, None, None)[:2]
+    dtype = jnp.float32 if config.out_float32 else jnp.bfloat16
+    # A little more than D, which nothing must be written to.
+    size, margin = form.expected.size, 64
+    memory = np.full(size + 2 * margin, np.nan if c is None else 7, dtype)
+    d = memory[margin:-margin].reshape(form.expected.shape)
+    if c is not None:
+        d[:] = c
+    operands.d = Matrix.of(d)
+    spans = np.zeros((form.expected.shape[-2] + 1, 4), np.int32)
+    operands.spans = spans.ctypes.data
+    edges = memory[:margin].tobytes(), memory[-margin:].tobytes()
+    build(config, folder).run(ctypes.byref(operands), SMS)
+    assert edges == (memory[:margin].tobytes(), memory[-margin:].tobytes())
+    return d

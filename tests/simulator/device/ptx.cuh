@@ -1,0 +1,170 @@
+// csrc/device/ptx.cuh for the simulator.
+#pragma once
+
+#include "device/types.h"
+#include "simulator.h"
+
+namespace deepgemm {
+
+using ::uint32_t;
+using ::uint64_t;
+
+// What stands in a TensorMap's bytes here.
+struct Map {
+  char* data;
+  uint64_t sizes[3], strides[3];  // in elements, in bytes
+  uint32_t box[3];
+  uint32_t element_bytes, swizzle_bytes;
+};
+static_assert(sizeof(Map) <= sizeof(TensorMap));
+
+inline uint32_t swizzled(uint32_t address, uint32_t bytes) {
+  return address ^ (address >> 7 & (bytes / 16 - 1)) << 4;
+}
+
+// Calls visit(element in shared memory, the same in global memory or null if it has none there).
+template <class Visit>
+void for_box(const TensorMap* tensor_map, uint32_t shared, int x, int y, int z, Visit visit) {
+  Map map;
+  std::memcpy(&map, tensor_map, sizeof map);
+  if ((shared & 0xffffff) % (8 * map.swizzle_bytes)) sim::fail("a box at an odd address");
+  const int64_t start[] = {x, y, z};
+  uint32_t at = shared;
+  for (uint32_t k = 0; k < map.box[2]; ++k) {
+    for (uint32_t j = 0; j < map.box[1]; ++j) {
+      for (uint32_t i = 0; i < map.box[0]; ++i, at += map.element_bytes) {
+        const int64_t index[] = {start[0] + i, start[1] + j, start[2] + k};
+        char* global = map.data;
+        for (int dim = 0; dim < 3; ++dim) {
+          if (index[dim] < 0 || index[dim] >= int64_t(map.sizes[dim])) global = nullptr;
+          if (global) global += index[dim] * map.strides[dim];
+        }
+        const uint32_t place = swizzled(at, map.swizzle_bytes);
+        visit(sim::shared(place, map.element_bytes), global, map.element_bytes);
+      }
+    }
+  }
+}
+
+inline uint32_t shared_address(const void*) { return sim::dynamic_shared(); }
+inline bool elect_one() { return sim::self().lane() == 0; }
+
+// ---- mbarrier ---------------------------------------------------------------------------------
+
+inline void barrier_init(uint32_t barrier, int arrivals) {
+  sim::shared(barrier, 8);
+  sim::cta_of(barrier).barriers[barrier & 0xffffff] = {arrivals, arrivals};
+}
+inline void barrier_arrive(uint32_t barrier) { sim::advance(sim::barrier(barrier), 1, 0); }
+inline void barrier_arrive_expect(uint32_t barrier, int bytes) {
+  sim::advance(sim::barrier(barrier), 1, bytes);
+}
+inline void barrier_arrive_at(uint32_t barrier, int cta_rank) {
+  barrier_arrive((barrier & 0xffffff) | cta_rank << 24);
+}
+inline bool barrier_test(uint32_t barrier, uint32_t parity) {
+  return sim::barrier(barrier).phase % 2 != parity;
+}
+inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+  while (!barrier_test(barrier, parity)) sim::yield();
+}
+inline void fence_barrier_init() {}
+
+// ---- copies -----------------------------------------------------------------------------------
+
+inline void prefetch(const TensorMap*) {}
+
+template <int peers>
+void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, int y, int z,
+              unsigned short peer_mask) {
+  if (peers == 1) peer_mask = 1 << sim::self().cta->rank;
+  sim::later([=] {
+    for (uint32_t rank = 0; rank < 16; ++rank) {
+      if (!(peer_mask >> rank & 1)) continue;
+      long bytes = 0;
+      for_box(map, (shared & 0xffffff) | rank << 24, x, y, z,
+              [&](char* to, const char* from, int count) {
+                from ? std::memcpy(to, from, count) : std::memset(to, 0, count);
+                bytes += count;
+              });
+      sim::advance(sim::barrier((barrier & 0xffffff) | rank << 24), 0, -bytes);
+    }
+  });
+}
+
+inline void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z) {
+  sim::Thread* thread = sim::current;
+  ++thread->stores;
+  sim::later([=] {
+    for_box(map, shared, x, y, z, [](const char* from, char* to, int count) {
+      if (to) std::memcpy(to, from, count);
+    });
+    --thread->stores;
+  });
+}
+inline void tma_store_commit() {}
+inline void tma_store_wait_read() {
+  while (sim::self().stores) sim::yield();
+}
+inline void fence_shared_for_copy_engine() {}
+
+inline float load_shared(uint32_t at) { return *reinterpret_cast<float*>(sim::shared(at, 4)); }
+inline float2 load_shared_pair(uint32_t at) {
+  return *reinterpret_cast<float2*>(sim::shared(at, 8));
+}
+inline uint4 load_shared_quad(uint32_t at) {
+  return *reinterpret_cast<uint4*>(sim::shared(at, 16));
+}
+inline unsigned short load_shared_half(uint32_t at) {
+  return *reinterpret_cast<unsigned short*>(sim::shared(at, 2));
+}
+inline void store_shared(uint32_t at, float x) {
+  *reinterpret_cast<float*>(sim::shared(at, 4)) = x;
+}
+
+inline void named_barrier(int number, int threads) {
+  sim::meet(sim::self().cta->meetings[number], threads);
+}
+
+// ---- results ----------------------------------------------------------------------------------
+
+inline float bfloat16_to_float(unsigned short bits) {
+  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
+inline uint32_t to_bfloat16(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  if (x != x) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t pack_bfloat16(float low, float high) {
+  return to_bfloat16(low) | to_bfloat16(high) << 16;
+}
+inline void add(float* d, float x) { *d += x; }
+inline void add(float* d, float x, float y) {
+  add(d, x);
+  add(d + 1, y);
+}
+
+inline void stmatrix(uint32_t shared, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
+  const uint64_t* rows = sim::exchange(shared);
+  const uint32_t x[] = {x0, x1, x2, x3};
+  const int lane = sim::self().lane();
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(sim::shared(rows[8 * i + lane / 4], 16) + lane % 4 * 4, &x[i], 4);
+  }
+  __syncwarp();
+}
+
+// ---- clusters, dependent launches, registers --------------------------------------------------
+
+inline uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+inline int cluster_rank() { return sim::self().cta->rank; }
+inline void cluster_sync() { sim::meet(sim::running->meeting, sim::running->threads.size()); }
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+template <int count>
+void grow_registers() {}
+template <int count>
+void shrink_registers() {}
+
+}  // namespace deepgemm
