@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moe.cases import BIASES, HIDDEN, TOKENS, dense, error, problem, router, value_and_gradients
 
 from deepgemm_jax.moe import Axes, MoEParams, moe_layer
+from deepgemm_jax.moe.exchange import FALLBACK
 
 FSDP = Axes(expert="y", tokens=("x",), fsdp="x")
 TENSOR = Axes(expert="y", tensor="x")
@@ -146,3 +147,22 @@ def test_what_finds_no_room_adds_nothing(mesh, served, strategy, layout, factor,
     kept = np.tile(kept, 2)
     assert error(y, np.where(kept[:, None], wanted, 0)) < 1e-5
     assert stats.dropped == (~kept).sum()
+
+
+def test_ragged_all_to_all_is_xlas_own_on_a_gpu(mesh, monkeypatch):
+    x, params, d = problem()
+    valid = np.ones(TOKENS, bool)
+    with mesh(AxisType.Auto):
+        operands = put(x, params, d, valid, axes=FSDP)
+        both = value_and_gradients(sharded(FSDP, params, strategy="ragged_all_to_all"))
+        text = both.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+        # Data and scales, experts and weights there, sums back; then both ways for the gradient.
+        assert text.count("@ragged_all_to_all") == 4 + 1 + 2 + 2
+
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax.version, "__version_info__", (0, 11, 2))
+        with pytest.raises(NotImplementedError, match=f"XLA_FLAGS=--{FALLBACK}=true"):
+            jax.make_jaxpr(sharded(FSDP, params, strategy="ragged_all_to_all"))(x, params, valid)
+        monkeypatch.setenv("XLA_FLAGS", f"--{FALLBACK}=true")
+        jax.make_jaxpr(sharded(FSDP, params, strategy="ragged_all_to_all"))(x, params, valid)
