@@ -13,10 +13,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from .._core import compat
 from ..quantize import per_token_cast_to_fp8
 from ..scaled import ScaledArray
-from .permutation import Permutation, permute, unpermute
+from .permutation import Permutation, permute, unpermute, vary_alike
 
 # XLA of JAX 0.11 and later takes no slow way between processes unless it is told to.
 FALLBACK = "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback"
@@ -115,9 +114,8 @@ class RaggedAllToAll:
         """`sizes[i, j]` rows from `source[i, j]` on device i to `target[i, j]` on device j."""
         result = jnp.zeros_like(x, shape=(rows, *x.shape[1:]))
         me = jax.lax.axis_index(self.axis)
-        operands = compat.vary_alike([x, result, source, target, sizes, me])
         return jax.lax.platform_dependent(
-            *operands,
+            *vary_alike(x, result, source, target, sizes, me),
             cpu=functools.partial(_ragged_all_to_all_by_gather, axis=self.axis),
             default=functools.partial(_ragged_all_to_all, axis=self.axis),
         )
@@ -175,61 +173,58 @@ def exchange(
     return RaggedAllToAll.of(Permutation.of(shard, shards, rows), axis, shards * room)
 
 
-def to_shards(way: Exchange, x: Any, dtype: Any = None, back_dtype: Any = None) -> Any:
-    """Tokens [T, H] as rows on each shard; on the wire in `dtype`, as they are if None.
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """In which dtypes rows go over it, as they are if None; float8_e4m3fn is scaled per token."""
 
-    Its gradient takes the way back, in `back_dtype`.
-    """
+    out: Any = None
+    back: Any = None
+    implementation: str | None = None
+
+    def send(self, way: Exchange, x: jax.Array) -> jax.Array:
+        rows = jax.tree.map(way.send, self._narrow(x, self.out))
+        return rows.dequantize(x.dtype) if isinstance(rows, ScaledArray) else rows.astype(x.dtype)
+
+    def send_back(self, way: Exchange, rows: jax.Array) -> jax.Array:
+        return way.collect(jax.tree.map(way.send_back, self._narrow(rows, self.back)))
+
+    def _narrow(self, x: jax.Array, dtype: Any) -> Any:
+        if dtype == jnp.float8_e4m3fn:
+            return per_token_cast_to_fp8(x, implementation=self.implementation)
+        return x if dtype is None else x.astype(dtype)
+
+
+AS_IT_IS = Wire()
+
+
+def to_shards(way: Exchange, x: Any, wire: Wire = AS_IT_IS) -> Any:
+    """Tokens [T, ...] as rows on each shard. The gradient is sent back."""
     if isinstance(x, ScaledArray) or not jnp.issubdtype(x.dtype, jnp.floating):
         return jax.tree.map(way.send, x)
-    way, x = _vary_alike(way, x)
-    return _out((dtype, back_dtype), way, x)
+    return _out(wire, *vary_alike(way, x))
 
 
-def from_shards(way: Exchange, rows: jax.Array, dtype: Any, out_dtype: Any) -> jax.Array:
-    """What the shards made of rows, added up for each token in float32; on the wire in `dtype`.
-
-    Its gradient takes the way out, in `out_dtype`.
-    """
-    way, rows = _vary_alike(way, rows)
-    return _back((out_dtype, dtype), way, rows)
-
-
-def _vary_alike(way, x):
-    leaves, tree = jax.tree.flatten((way, x))
-    return jax.tree.unflatten(tree, compat.vary_alike(leaves))
-
-
-def _narrow(x: jax.Array, dtype: Any) -> Any:
-    if dtype == jnp.float8_e4m3fn:
-        return per_token_cast_to_fp8(x)
-    return x if dtype is None else x.astype(dtype)
-
-
-def _send(way, x, dtype):
-    rows = jax.tree.map(way.send, _narrow(x, dtype))
-    return rows.dequantize(x.dtype) if isinstance(rows, ScaledArray) else rows.astype(x.dtype)
-
-
-def _send_back(way, rows, dtype):
-    return way.collect(jax.tree.map(way.send_back, _narrow(rows, dtype)))
+def from_shards(way: Exchange, rows: jax.Array, wire: Wire) -> jax.Array:
+    """What the shards made of rows, added up for each token: float32. The gradient is sent out."""
+    return _back(wire, *vary_alike(way, rows))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _out(dtypes, way, x):
-    return _send(way, x, dtypes[0])
+def _out(wire, way, x):
+    return wire.send(way, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _back(dtypes, way, rows):
-    return _send_back(way, rows, dtypes[1])
+def _back(wire, way, rows):
+    return wire.send_back(way, rows)
 
 
+# What is kept of rows is their dtype, in none of them.
 _out.defvjp(
-    lambda dtypes, way, x: (_send(way, x, dtypes[0]), way),
-    lambda dtypes, way, d: (None, _send_back(way, d, dtypes[1]).astype(d.dtype)),
+    lambda wire, way, x: (wire.send(way, x), way),
+    lambda wire, way, d: (None, wire.send_back(way, d).astype(d.dtype)),
 )
 _back.defvjp(
-    lambda dtypes, way, rows: (_send_back(way, rows, dtypes[1]), (way, rows[:0])),
-    lambda dtypes, kept, d: (None, _send(kept[0], d.astype(kept[1].dtype), dtypes[0])),
+    lambda wire, way, rows: (wire.send_back(way, rows), (way, rows[:0])),
+    lambda wire, kept, d: (None, wire.send(kept[0], d.astype(kept[1].dtype))),
 )

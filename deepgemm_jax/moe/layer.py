@@ -13,7 +13,7 @@ from .._core import compat
 from ..quantize import prepare_weight
 from ..scaled import ScaledArray
 from ..training import Recipe
-from .exchange import exchange, from_shards, to_shards
+from .exchange import Wire, exchange, from_shards, to_shards
 from .experts import local_experts, mlp, scaled
 from .routing import expert_load
 
@@ -260,16 +260,12 @@ def moe_layer(
     params = axes.gather(params)
     served = isinstance(params.w_down, ScaledArray)
     in_fp8 = served or Recipe.of("moe_layer", recipe).forward == "fp8"
-    call = _Call(
-        strategies,
-        axes,
-        capacity_factor,
+    wire = Wire(
         dispatch_dtype or (jnp.float8_e4m3fn if in_fp8 else x.dtype),
         combine_dtype or x.dtype,
-        layout,
-        recipe,
         implementation,
     )
+    call = _Call(strategies, axes, capacity_factor, wire, layout, recipe, implementation)
     parts = [
         call.experts_of(part, params, *_choose(router, params, part, counts))
         for part, counts in zip(_parts(x, chunks), _parts(valid, chunks), strict=True)
@@ -327,8 +323,7 @@ class _Call:
     strategies: Sequence[str]
     axes: Axes
     capacity_factor: float | None
-    dispatch_dtype: Any
-    combine_dtype: Any
+    wire: Wire
     layout: str
     recipe: Any
     implementation: str | None
@@ -346,8 +341,7 @@ class _Call:
             )
         tokens, k = experts.shape
         load = expert_load(experts, num_experts)
-        dtypes = self.dispatch_dtype, self.combine_dtype
-        if isinstance(params.w_down, ScaledArray) and dtypes[0] == jnp.float8_e4m3fn:
+        if isinstance(params.w_down, ScaledArray) and self.wire.out == jnp.float8_e4m3fn:
             x = scaled(x, self.implementation)
         ways = []
         sent, count = 1, num_experts  # shards that tokens came from, experts where they are now
@@ -357,7 +351,7 @@ class _Call:
             # Of so many tokens, spread evenly, those that have experts on one more shard.
             evenly = tokens * sent * (1 - (1 - 1 / (sent * size)) ** k)
             way = exchange(strategy, axis, size, experts, count, self._room(len(experts), evenly))
-            x = to_shards(way, x, *dtypes)
+            x = to_shards(way, x, self.wire)
             # What arrives in a row that is nobody's is zero.
             experts = to_shards(way, experts + 1) - 1 - jax.lax.axis_index(axis) * count
             experts = jnp.where((experts >= 0) & (experts < count), experts, -1)
@@ -379,7 +373,7 @@ class _Call:
             implementation=self.implementation,
         )
         for way in reversed(ways):
-            y = from_shards(way, y, dtypes[1], dtypes[0])
+            y = from_shards(way, y, self.wire)
         return y, MoEStats(load, load.sum() - computed)
 
     def _room(self, most: int, evenly: float) -> int:

@@ -59,7 +59,7 @@ class Permutation:
         key = jnp.where((groups >= 0) & (groups < num_groups), groups, num_groups)
         key = key.reshape(-1).astype(jnp.int32)
         place = jnp.arange(slots, dtype=jnp.int32)
-        key, order = jax.lax.sort(compat.vary_alike([key, place]), num_keys=1)
+        key, order = jax.lax.sort(vary_alike(key, place), num_keys=1)
         ends = (key < jnp.arange(1, num_groups + 1)[:, None]).sum(1, dtype=jnp.int32)
         starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
         if capacity is None:
@@ -107,8 +107,7 @@ def permute(x: Any, permutation: Permutation) -> Any:
         return jax.tree.map(lambda leaf: _gather(leaf, permutation), x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return _gather(x, permutation)
-    leaves, tree = jax.tree.flatten((x, permutation))
-    return _permute(*jax.tree.unflatten(tree, compat.vary_alike(leaves)))
+    return _permute(*vary_alike(x, permutation))
 
 
 def unpermute(rows: Any, permutation: Permutation, weights: Any = None) -> jax.Array:
@@ -136,8 +135,13 @@ def unpermute(rows: Any, permutation: Permutation, weights: Any = None) -> jax.A
         own = own.reshape(-1, *[1] * (rows.ndim - 1))
         used = (permutation.slot < permutation.row.size).reshape(own.shape)
         rows = jnp.where(used, rows, 0).astype(jnp.float32) * own
-    leaves, tree = jax.tree.flatten((rows, permutation))
-    return _unpermute(*jax.tree.unflatten(tree, compat.vary_alike(leaves)))
+    return _unpermute(*vary_alike(rows, permutation))
+
+
+def vary_alike(*trees: Any) -> Any:
+    """The same, cast to vary along each mesh axis that any leaf varies along."""
+    leaves, tree = jax.tree.flatten(trees)
+    return jax.tree.unflatten(tree, compat.vary_alike(leaves))
 
 
 def _gather(x: jax.Array, permutation: Permutation) -> jax.Array:
