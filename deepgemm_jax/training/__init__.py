@@ -51,7 +51,7 @@ def fp8_dot(
       x: bfloat16 or float32 [..., K].
       w: bfloat16 or float32 [K, N]. A gradient is summed in float32, and is rounded to w's dtype.
       recipe: the precision of each of these products: a `Recipe`, "fp8" or "bf16".
-      main_grad: None, or float32 [K, N], what dw is added to: see the module.
+      main_grad: None, or float32 [K, N], what dw is added to: see `deepgemm_jax.training`.
       implementation: "cuda" for the kernels, "xla" for plain JAX, None for kernels where there are
         some and plain JAX elsewhere.
 
@@ -73,7 +73,7 @@ def fp8_dot(
         >>> from deepgemm_jax import fp8_dot
         >>> x, w = jnp.ones((2, 3, 128), jnp.bfloat16), jnp.full((128, 256), 0.5)
         >>> loss, dw = jax.jit(jax.value_and_grad(lambda w: fp8_dot(x, w).sum()))(w)
-        >>> print(loss, dw.shape, dw.dtype, dw[0, 0])
+        >>> print(loss, dw.shape, dw.dtype, dw[0, 0].round())
         98304 (128, 256) float32 6.0
     """
     name = "fp8_dot"
@@ -112,7 +112,7 @@ def grouped_linear(
       group_offset: None; or an integer, [1] or scalar: the group that the first weight belongs to.
         With it there may be fewer weights than group sizes, those of one shard of the experts; rows
         of other groups are in no group.
-      main_grad: None, or float32 [G, K, N], what dw is added to: see the module.
+      main_grad: None, or float32 [G, K, N], what dw is added to: see `deepgemm_jax.training`.
       implementation: as `fp8_dot` has it.
 
     K and N are multiples of 16.
@@ -173,7 +173,7 @@ def grouped_mlp(
       recipe: as `fp8_dot` has it, for either layer.
       group_offset: as `grouped_linear` has it.
       main_grads: None, or a pair of float32 arrays, what the gradients of the weights are added to:
-        see the module.
+        see `deepgemm_jax.training`.
       implementation: as `fp8_dot` has it.
 
     K, I and N are multiples of 16.
