@@ -218,7 +218,7 @@ def fp8_gemm_1d1d(
         >>> print(d.dtype, d[0, 0])
         float32 65.0
     """
-    options = {"preferred_element_type": jnp.float32, **options}
+    options["preferred_element_type"] = preferred_element_type
     return fp8_gemm_nt(a, b, c, recipe=(1, 1, BLOCK), **options)
 
 
