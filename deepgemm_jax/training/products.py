@@ -5,13 +5,14 @@ precision a product is computed.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .._core import compat
-from ..gemm import fp8_gemm_nt
+from ..gemm import bf16_gemm_nn, bf16_gemm_nt, bf16_gemm_tn, fp8_gemm_1d1d, fp8_gemm_1d2d
 from ..grouped import (
     groups,
     k_grouped_bf16_gemm_tn_contiguous,
@@ -83,6 +84,7 @@ class Products:
         self, x: Operand, w: jax.Array, of: Groups | None, *, transposed: bool = False
     ) -> jax.Array:
         """x w or x wᵀ. Rows of no group are zero."""
+        product: Callable[..., jax.Array]
         options: dict[str, Any] = {
             "preferred_element_type": self.dtype,
             "implementation": self.implementation,
@@ -91,16 +93,16 @@ class Products:
             options["group_offsets"] = of.offsets(of.sizes, x.shape[0])
         if isinstance(x, ScaledArray):
             layout = "nk" if transposed else "kn"
-            weight = prepare_weight(w, layout=layout, implementation=self.implementation)
-            product = fp8_gemm_nt if of is None else m_grouped_fp8_gemm_nt_contiguous
+            weight: Operand = prepare_weight(w, layout=layout, implementation=self.implementation)
+            product = fp8_gemm_1d2d if of is None else m_grouped_fp8_gemm_nt_contiguous
             return product(x, weight, **options)
-        w = w.astype(jnp.bfloat16)
         if of is None:
-            return _dot(x, w, (1, 1 if transposed else 0)).astype(self.dtype)
-        product = (
-            m_grouped_bf16_gemm_nt_contiguous if transposed else m_grouped_bf16_gemm_nn_contiguous
-        )
-        return product(x, w, **options)
+            product = bf16_gemm_nt if transposed else bf16_gemm_nn
+        elif transposed:
+            product = m_grouped_bf16_gemm_nt_contiguous
+        else:
+            product = m_grouped_bf16_gemm_nn_contiguous
+        return product(x, w.astype(jnp.bfloat16), **options)
 
     def sum(
         self,
@@ -114,30 +116,24 @@ class Products:
 
         If there is a main gradient, the sum of both is its, and the weight has none.
         """
+        product: Callable[..., jax.Array]
         dtype = w.dtype if main_grad is None else jnp.dtype(jnp.float32)
         options: dict[str, Any] = {
             "preferred_element_type": dtype,
             "implementation": self.implementation,
         }
         scaled = isinstance(x.operand, ScaledArray)
-        rows = x.operand.shape[1 if scaled else 0]
         if main_grad is not None:
             main_grad = _one_for_each(main_grad, (x, dy))
-        if of is not None:
+        if of is None:
+            product = fp8_gemm_1d1d if scaled else bf16_gemm_tn
+        else:
+            rows = x.operand.shape[1 if scaled else 0]
+            options["group_offsets"] = of.offsets(dy.sizes, rows)
             product = (
                 k_grouped_fp8_gemm_nt_contiguous if scaled else k_grouped_bf16_gemm_tn_contiguous
             )
-            offsets = of.offsets(dy.sizes, rows)
-            dw = product(x.operand, dy.operand, main_grad, group_offsets=offsets, **options)
-        elif scaled:
-            c = None if main_grad is None else main_grad[None]
-            sizes = jnp.array([rows])
-            dw = k_grouped_fp8_gemm_nt_contiguous(
-                x.operand, dy.operand, c, group_sizes=sizes, **options
-            )[0]
-        else:
-            dw = _dot(x.operand, dy.operand, (0, 0))
-            dw = dw.astype(dtype) if main_grad is None else main_grad + dw
+        dw = product(x.operand, dy.operand, main_grad, **options)
         dw = compat.of_type(dw, jax.typeof(w if main_grad is None else main_grad).sharding)
         return (dw, None) if main_grad is None else (None, dw)
 
@@ -156,8 +152,3 @@ def _(axis_size, batched, main_grad, operands):
             "at last"
         )
     return main_grad, True
-
-
-def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    dims = ((axes[:1], axes[1:]), ((), ()))
-    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
