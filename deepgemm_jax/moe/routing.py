@@ -55,9 +55,9 @@ def route(
 
         >>> import jax.numpy as jnp
         >>> from deepgemm_jax.moe import route
-        >>> weights, experts = route(jnp.log(jnp.array([[1.0, 4.0, 3.0, 2.0]])), top_k=2)
-        >>> print(experts, weights.round(2))
-        [[1 2]] [[0.57 0.43]]
+        >>> weights, experts = route(jnp.log(jnp.array([[1.0, 3.0, 1.0, 2.0]])), top_k=2)
+        >>> print(experts, weights.round(1))
+        [[1 3]] [[0.6 0.4]]
     """
     logits = jnp.asarray(logits).astype(jnp.float32)
     scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}.get(score)
