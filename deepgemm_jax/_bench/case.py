@@ -35,7 +35,7 @@ class Case:
     variant: Variant
     error: Callable[[jax.Array], float]  # of the program's result, against float64
     others: Mapping[str, Program]  # measured beside it: a row's field, without "_us", and what
-    chain: Callable[[int], Program]  # so many calls of the op in one program
+    chain: Callable[[int], Program] | None = None  # so many calls of the op in one program
 
     @property
     def floor_us(self) -> float:
@@ -51,3 +51,4 @@ class Benchmark:
     shapes: Sequence[tuple]
     chained: Sequence[tuple]  # the shapes at which a chain of calls is timed
     case: Callable[..., Case]  # of a shape's numbers
+    compared_with: str | None = None  # the op of the reference figures, if it is another one

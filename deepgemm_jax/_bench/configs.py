@@ -8,12 +8,10 @@ import functools
 import random
 from collections.abc import Sequence
 
-from .._core.device import cuda_device
 from .._progress import Progress
-from ..gemm import fp8_gemm_nt
-from ..gemm.config import candidates
+from ..gemm import explain, fp8_gemm_nt
 from .case import Program
-from .gemm import operands, problem
+from .gemm import operands
 from .results import Results, Row
 from .run import compiled, start
 from .timing import ENTRY_POINT, Timer, mean_us
@@ -64,8 +62,9 @@ def measure_all(shapes: Sequence[tuple[int, ...]], timer: Timer, results: Result
 
 def measure(m: int, n: int, k: int, *, timer: Timer) -> Row:
     _, _, a, b = operands(m, n, k)
+    [found] = explain(fp8_gemm_nt, a, b)
     timed = []
-    for config, seconds in candidates(problem(m, n, k), cuda_device()):
+    for config, seconds in found.candidates:
         call = compiled(Program(functools.partial(fp8_gemm_nt, config=config), (a, b)))
         us = mean_us(timer(call), timer.calls, ENTRY_POINT)
         timed.append(dataclasses.asdict(config) | {"predicted_us": seconds * 1e6, "us": us})

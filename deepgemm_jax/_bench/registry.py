@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from . import attention, gemm
+from . import attention, gemm, grouped
 from .case import Benchmark
+
+CONTIGUOUS = [  # groups, rows of each, n, k
+    (4, 8192, 4096, 7168),
+    (4, 8192, 7168, 2048),
+    (4, 8192, 6144, 7168),
+    (8, 4096, 4096, 7168),
+    (8, 4096, 7168, 2048),
+    (8, 4096, 4096, 4096),
+    (8, 256, 4096, 7168),
+    (64, 64, 4096, 7168),
+    (256, 16, 4096, 7168),
+]
 
 BENCHMARKS = [
     Benchmark(
@@ -34,6 +46,106 @@ BENCHMARKS = [
             (4096, 7168, 16384),
             (4096, 4096, 7168),
         ],
+    ),
+    Benchmark(
+        op="fp8_gemm_nt (1d1d, fp32 out, accumulate)",
+        case=gemm.fp8_gemm_1d1d,
+        chained=[],
+        shapes=[(4096, 4096, 7168), (7168, 4096, 2048)],
+    ),
+    Benchmark(
+        op="fp8_gemm_nt (rows)",
+        compared_with="fp8_gemm_nt (1d2d)",
+        case=gemm.fp8_gemm_rows,
+        chained=[],
+        shapes=[
+            (4096, 4096, 4096),
+            (8192, 8192, 4096),
+            (16384, 4096, 4096),
+            (4096, 24576, 1536),
+            (4096, 7168, 16384),
+            (4096, 4096, 7168),
+        ],
+    ),
+    Benchmark(
+        op="bf16_gemm_nt",
+        case=gemm.bf16_gemm_nt,
+        chained=[],
+        shapes=[
+            (4096, 4096, 4096),
+            (8192, 8192, 4096),
+            (16384, 4096, 4096),
+            (64, 2112, 7168),
+            (128, 7168, 2048),
+            (4096, 4096, 7168),
+        ],
+    ),
+    Benchmark(
+        op="m_grouped_fp8_gemm_nt_contiguous",
+        case=grouped.contiguous,
+        chained=[],
+        shapes=CONTIGUOUS,
+    ),
+    Benchmark(
+        op="m_grouped_fp8_gemm_nt_contiguous (aligned)",
+        compared_with="m_grouped_fp8_gemm_nt_contiguous",
+        case=grouped.contiguous_aligned,
+        chained=[],
+        shapes=[shape for shape in CONTIGUOUS if shape[1] >= 256],
+    ),
+    Benchmark(
+        op="m_grouped_fp8_gemm_nt_contiguous (skewed)",
+        case=grouped.contiguous_skewed,
+        chained=[],
+        shapes=[(64, 128, 4096, 7168)],
+    ),
+    Benchmark(
+        op="m_grouped_fp8_gemm_nt_contiguous (uniform)",
+        case=grouped.contiguous,
+        chained=[],
+        shapes=[(64, 128, 4096, 7168)],
+    ),
+    Benchmark(
+        op="m_grouped_bf16_gemm_nt_contiguous",
+        case=grouped.bf16_contiguous,
+        chained=[],
+        shapes=[(4, 8192, 4096, 7168), (8, 4096, 7168, 2048)],
+    ),
+    Benchmark(
+        op="ragged_dot",
+        case=grouped.ragged_dot,
+        chained=[],
+        shapes=[
+            (8, 4096, 4096, 7168),
+            (8, 4096, 7168, 2048),
+            (8, 256, 4096, 7168),
+            (64, 64, 4096, 7168),
+        ],
+    ),
+    Benchmark(
+        op="m_grouped_fp8_gemm_nt_masked",
+        case=grouped.masked,
+        chained=[],
+        shapes=[  # groups, rows of each at most, rows expected, n, k
+            (8, 512, 256, 4096, 7168),
+            (64, 512, 64, 4096, 7168),
+            (256, 256, 16, 4096, 7168),
+            (1, 4096, 1024, 4096, 7168),
+            (1, 4096, 1024, 7168, 2048),
+            (2, 4096, 512, 4096, 7168),
+            (2, 4096, 512, 7168, 2048),
+            (4, 4096, 256, 4096, 7168),
+            (32, 4096, 192, 4096, 7168),
+            (32, 4096, 192, 7168, 2048),
+            (32, 4096, 20, 4096, 7168),
+            (6, 4096, 20, 7168, 2048),
+        ],
+    ),
+    Benchmark(
+        op="k_grouped_fp8_gemm_nt_contiguous",
+        case=grouped.k_grouped,
+        chained=[],
+        shapes=[(4, 4096, 7168, 8192)],  # groups, m, n, k of each
     ),
     Benchmark(
         op="fp8_mqa_logits",

@@ -57,9 +57,10 @@ class References:
         rows = json.loads(file.read_text())["rows"] if file.exists() else []
         self._rows = {_key(row): row for row in rows}
 
-    def compare(self, row: Row) -> Row:
-        """The row's ``deepgemm_us``, ``ratio`` and ``cublaslt_us``, as far as they are known."""
-        theirs = self._rows.get(_key(row), {})
+    def compare(self, row: Row, op: str | None = None) -> Row:
+        """The row's ``deepgemm_us``, ``ratio`` and ``cublaslt_us``, as far as they are known; those
+        of another op if it is named."""
+        theirs = self._rows.get(_key(row if op is None else row | {"op": op}), {})
         known = {name: theirs[name] for name in ("deepgemm_us", "cublaslt_us") if name in theirs}
         if "deepgemm_us" in known:
             known["ratio"] = known["deepgemm_us"] / row["us"]

@@ -21,7 +21,7 @@ from . import plot
 from .case import PEAK_GBS, PEAK_TFLOPS, Benchmark, Program
 from .registry import BENCHMARKS
 from .results import References, Results, Row, about, gpu_slug
-from .timing import ENTRY_POINT, ColdTimer, Timer, mean_us, record, repeat, wall_us
+from .timing import ENTRY_POINT, ColdTimer, Timer, mean_us, repeat, timeline
 
 CHAIN = 100
 # The result is rounded to bfloat16, which is 0.01 of a row's root mean square where it is largest.
@@ -95,8 +95,9 @@ def _fields() -> str:
         "total_us, with_quantize_us, xla_*_us: all kernels of the jitted op, of the op with A "
         "quantised in the same jit, and of XLA's own way, timed likewise. error: the largest in a "
         "row over the row's root mean square, against float64 on the dequantised operands, in a "
-        f"sample of rows. chain_us: a call's time by the clock in one jit of {CHAIN} calls, "
-        "chain_kernel_us its kernel time there. compile_ms, cached_ms: one kernel in a fresh "
+        f"sample of rows. chain_us: in one jit of {CHAIN} calls, a call's share of the time from "
+        "the first kernel's start to the last one's end as the profiler tells it, chain_kernel_us "
+        "its kernel's time there. compile_ms, cached_ms: one kernel in a fresh "
         "process, with an empty cache and a filled one (up to the cubin, not its loading into the "
         f"driver). floor_us: the larger of arithmetic at {peaks}, and bytes at {PEAK_GBS:.0f} GB/s."
     )
@@ -124,7 +125,7 @@ def measure_all(
         for benchmark, shape in rows:
             try:
                 row = measure(benchmark, shape, timer)
-                row |= references.compare(row)
+                row |= references.compare(row, benchmark.compared_with)
                 results.add(row)
                 progress.print(_line([text(row) for _, text in COLUMNS.values()]))
             except Exception:
@@ -156,7 +157,7 @@ def measure(benchmark: Benchmark, shape: tuple, timer: Timer) -> Row:
     }
     for name, program in case.others.items():
         row[f"{name}_us"] = mean_us(timer(compiled(program)), timer.calls)
-    if shape in benchmark.chained:
+    if case.chain and shape in benchmark.chained:
         row["chain_kernel_us"], row["chain_us"] = chain_us(case.chain(CHAIN))
     row["compile_ms"], row["cached_ms"] = compile_ms(case.variant)
     row["config"] = dict(case.config)
@@ -164,11 +165,14 @@ def measure(benchmark: Benchmark, shape: tuple, timer: Timer) -> Row:
 
 
 def chain_us(chain: Program) -> tuple[float, float]:
-    """Kernel time and time by the clock of one of the chain's calls, with the GPU equally warm."""
+    """Of one of the chain's calls: its kernel's time, and its share of the time from the first
+    kernel's start to the last one's end."""
     call, repeats = compiled(chain), 10
-    kernels = record(lambda: repeat(call, repeats))
-    by_clock = wall_us(call, repeats)
-    return mean_us(kernels, repeats * CHAIN, ENTRY_POINT), by_clock / CHAIN
+    jax.block_until_ready(call())
+    events = timeline(lambda: repeat(call, repeats))
+    own = [(name, end - start) for name, start, end in events if name == ENTRY_POINT]
+    span = events[-1][2] - events[0][1]
+    return mean_us(own, repeats * CHAIN), span / (repeats * CHAIN)
 
 
 def compiled(program: Program) -> Callable[[], Any]:

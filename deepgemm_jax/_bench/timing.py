@@ -1,9 +1,10 @@
-"""Time on the GPU, as CUPTI tells it for each kernel, and by the clock."""
+"""Time on the GPU, as CUPTI tells it for each kernel and for many in a row."""
 
 from __future__ import annotations
 
-import time
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -85,12 +86,24 @@ def record(run: Callable[[], Any]) -> Kernels:
     return [(name, ms * 1e3) for name, ms in kernels]
 
 
-def wall_us(call: Callable[[], Any], calls: int) -> float:
-    """Time a call by the clock when they are queued one behind the other."""
-    jax.block_until_ready(call())
-    start = time.perf_counter()
-    jax.block_until_ready(repeat(call, calls))
-    return (time.perf_counter() - start) / calls * 1e6
+def timeline(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
+    """Name, start and end in microseconds of each kernel that ``run`` launches on the GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        return sorted(
+            (
+                (event.name, event.start_ns / 1e3, (event.start_ns + event.duration_ns) / 1e3)
+                for plane in planes
+                if plane.name.startswith("/device:GPU")
+                for line in plane.lines
+                if line.name.startswith("Stream")
+                for event in line.events
+            ),
+            key=lambda event: event[1],
+        )
 
 
 def repeat(call: Callable[[], Any], calls: int) -> Any:

@@ -54,8 +54,10 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
         >>> gemm.problem.m, gemm.candidates[0][0] == gemm.config
         (4096, True)
     """
+    # A function of its own, which JAX has not lowered before: then it would tell nothing.
+    program = jax.jit(lambda *args, **kwargs: function(*args, **kwargs))
     with _listening() as found:
-        jax.jit(function).trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
+        program.trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
     return found
 
 

@@ -109,14 +109,38 @@ def test_every_config_is_timed(tmp_path, capsys):
 
 @pytest.mark.skipif(not runtime.find_nvrtc(), reason="no NVRTC to compile with")
 def test_a_chain_calls_the_op_as_often_as_it_says(monkeypatch):
-    def count(call):
-        return [("kernel", 3.0)] * len(call()) * 10
+    def back_to_back(call):
+        return [("kernel", 4.0 * i, 4.0 * i + 3) for i in range(10 * len(call()))]
 
     monkeypatch.setattr(run, "CHAIN", 5)
-    monkeypatch.setattr(run, "record", count)
+    monkeypatch.setattr(run, "timeline", back_to_back)
     row = run.measure(dataclasses.replace(GEMM, chained=[(16, 32, 48)]), (16, 32, 48), FakeTimer())
     assert row["chain_kernel_us"] == 3.0
-    assert row["chain_us"] > 0
+    assert row["chain_us"] == pytest.approx(4.0 - 1 / 50)
+
+
+SMALL = {
+    "fp8_gemm_nt (1d1d, fp32 out, accumulate)": (32, 48, 144),
+    "fp8_gemm_nt (rows)": (24, 144, 272),
+    "bf16_gemm_nt": (24, 144, 272),
+    "m_grouped_fp8_gemm_nt_contiguous": (3, 20, 48, 144),
+    "m_grouped_fp8_gemm_nt_contiguous (aligned)": (3, 20, 48, 144),
+    "m_grouped_fp8_gemm_nt_contiguous (skewed)": (4, 20, 48, 144),
+    "m_grouped_bf16_gemm_nt_contiguous": (3, 20, 48, 144),
+    "ragged_dot": (3, 20, 48, 144),
+    "m_grouped_fp8_gemm_nt_masked": (3, 24, 16, 48, 144),
+    "k_grouped_fp8_gemm_nt_contiguous": (2, 32, 48, 150),
+}
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_a_case_knows_its_result(op):
+    (benchmark,) = (benchmark for benchmark in BENCHMARKS if benchmark.op == op)
+    case = benchmark.case(*SMALL[op])
+    result = run.compiled(case.program)()
+    assert 0 < case.error(result) < 0.02
+    assert case.error(result.at[(0,) * result.ndim].add(30)) > 1
+    assert case.flops > 0 and case.bytes > 0
 
 
 def test_a_failed_row_loses_no_other(tmp_path, no_references, capsys):
@@ -163,12 +187,14 @@ def test_references_are_found_by_op_and_shape(tmp_path):
     references = References(file)
     assert references.compare(row(1, 2, 3)) == {"deepgemm_us": 20.0, "ratio": 2.0}
     assert references.compare(row(1, 2, 4)) == {}
+    assert references.compare(row(1, 2, 3) | {"op": "another"}, GEMM.op)["ratio"] == 2.0
 
 
 def test_ops_and_shapes_can_be_chosen():
     every = list(run.chosen(BENCHMARKS, None, None))
     assert len(every) == sum(len(benchmark.shapes) for benchmark in BENCHMARKS)
-    assert list(run.chosen(BENCHMARKS, ["fp8_gemm_nt"], [(1, 2, 3)])) == [(GEMM, (1, 2, 3))]
+    named = run.chosen(BENCHMARKS, ["fp8_gemm_nt"], [(1, 2, 3)])
+    assert {benchmark.op.split(" ")[0] for benchmark, _ in named} == {"fp8_gemm_nt"}
     assert list(run.chosen(BENCHMARKS, [GEMM.op], None)) == [(GEMM, s) for s in GEMM.shapes]
 
 

@@ -4,10 +4,11 @@ import dataclasses
 import math
 import random
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from deepgemm_jax import _C
+from deepgemm_jax import _C, bf16_gemm_nt, explain
 from deepgemm_jax._core.device import H200
 from deepgemm_jax.gemm.config import MAX_STAGES, Problem, candidates, choose, variants
 
@@ -120,3 +121,17 @@ def test_config_that_does_not_fit_the_form(form, change, wanted):
     config.validate(problem, H200)
     with pytest.raises(ValueError, match=wanted):
         dataclasses.replace(config, **change).validate(problem, H200)
+
+
+def test_explanation():
+    a, b = (jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16) for rows in (300, 512))
+    for _ in range(2):  # It must not matter what JAX remembers.
+        [found] = explain(lambda a, b: bf16_gemm_nt(a, b) + 1, a, b)
+        problem = found.problem
+        assert (problem.m, problem.n, problem.k, problem.scales) == (300, 512, 4096, "none")
+        assert found.config == choose(problem, H200)
+        assert found.candidates == candidates(problem, H200)
+        lines = str(found).splitlines()
+        assert len(lines) == 1 + len(found.candidates)
+        assert lines[1].startswith("*") and "µs" in lines[1]
+    assert explain(lambda x: x + 1, a) == []
