@@ -19,6 +19,12 @@ def cuda_devices() -> int:
         return 0
 
 
+def pytest_configure():
+    if not cuda_devices():
+        # Half of the tests' time goes into compiling many small programs for CPUs.
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 def pytest_collection_modifyitems(items):
     found = cuda_devices()
     for item in items:

@@ -191,10 +191,10 @@ def test_paged(mesh, kinds):
             compiled = jax.jit(lambda *o: paged(*o)).lower(*put(operands, in_specs)).compile()
             found = compiled(*put(operands, in_specs))
             assert collectives(compiled) == set()
-            np.testing.assert_allclose(found, wanted, rtol=1e-5)
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
             sharded = jax.shard_map(paged, in_specs=tuple(in_specs), out_specs=P(axes))
             np.testing.assert_allclose(
-                jax.jit(sharded)(*put(operands, in_specs)), wanted, rtol=1e-5
+                jax.jit(sharded)(*put(operands, in_specs)), wanted, rtol=1e-5, atol=1e-4
             )
 
 

@@ -60,7 +60,12 @@ def test_of_many_keys(platform):
 @pytest.mark.parametrize("k", [1, 20, 70])
 def test_of_inputs(platform, monkeypatch, chunk, k):
     monkeypatch.setattr(op, "CHUNK_BYTES", chunk)
-    arguments = put(random_problem(1, 16, 50).arguments, platform)
+    rng = np.random.default_rng(1)
+    *_, start, end = random_problem(1, 16, 50).arguments
+    # Small integers and powers of two, whose logits are exact in whatever order they are summed.
+    q, keys, weights = (rng.integers(-4, 5, shape) for shape in ((16, 8, 32), (50, 32), (16, 8)))
+    kv = keys.astype(FLOAT8), np.exp2(rng.integers(-2, 3, 50)).astype(np.float32)
+    arguments = put((q.astype(FLOAT8), kv, weights.astype(np.float32), start, end), platform)
     top = jax.jit(lambda arguments: indexer_topk(arguments, k, return_scores=True))
     check(top(arguments), fp8_mqa_logits(*arguments), k)
 
