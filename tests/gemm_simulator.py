@@ -1,20 +1,15 @@
 """The GEMM's kernel on the host: see tests/simulator."""
 
 import ctypes
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from gemm_forms import Form
+from simulator_build import build
 
 from deepgemm_jax.gemm.config import Config
 
-TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "csrc"
 SMS = 6  # few, that each has several tiles
 
 
@@ -38,23 +33,6 @@ class Operands(ctypes.Structure):
         ("spans", ctypes.c_void_p),
         ("accumulate", ctypes.c_bool),
     ]
-
-
-def build(config: Config, folder: Path) -> ctypes.CDLL:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if not compiler:
-        pytest.skip("no C++ compiler")
-    library = folder / f"{'_'.join(map(str, config.integers))}.so"
-    subprocess.run(
-        [
-            *(compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-w"),
-            f"-DCONFIG={','.join(map(str, config.integers))}",
-            *(f"-I{TESTS / 'simulator'}", f"-I{CSRC}"),
-            *(TESTS / "simulator" / "gemm.cc", "-o", library),
-        ],
-        check=True,
-    )
-    return ctypes.CDLL(library)
 
 
 def simulate(form: Form, config: Config, folder: Path, c: np.ndarray | None = None) -> np.ndarray:
@@ -90,6 +68,6 @@ def simulate(form: Form, config: Config, folder: Path, c: np.ndarray | None = No
     spans = np.zeros((form.expected.shape[-2] + 1, 4), np.int32)
     operands.spans = spans.ctypes.data
     edges = memory[:margin].tobytes(), memory[-margin:].tobytes()
-    build(config, folder).run(ctypes.byref(operands), SMS)
+    build("gemm", config.integers, folder).run(ctypes.byref(operands), SMS)
     assert edges == (memory[:margin].tobytes(), memory[-margin:].tobytes())
     return d

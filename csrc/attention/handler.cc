@@ -1,13 +1,12 @@
 #include "attention/handler.h"
 
-#include <algorithm>
 #include <exception>
 #include <memory>
 #include <string>
 #include <string_view>
 
+#include "attention/plan.h"
 #include "jit/compile.h"
-#include "jit/tensor_map.h"
 
 namespace ffi = xla::ffi;
 
@@ -21,8 +20,6 @@ int logits_smem_bytes(const std::vector<int>& config) {
 }
 
 namespace {
-
-using attention::kRowBytes;
 
 template <class F>
 ffi::Error guarded(const char* op, F f) {
@@ -52,47 +49,32 @@ ffi::Error initialize(LogitsState* state) {
   return guarded("mqa_logits", [&] { state->kernel.prepare(state->config.smem_bytes()); });
 }
 
-// A tensor of bytes of which a row fills one of shared memory.
-jit::CUtensorMap byte_map(const void* address, uint64_t row, uint64_t rows, uint64_t matrices,
-                          uint64_t matrix_stride, uint32_t box_rows, uint32_t box_matrices) {
-  return jit::tensor_map(address, jit::CU_TENSOR_MAP_DATA_TYPE_UINT8, {row, rows, matrices},
-                         {row, matrix_stride}, {kRowBytes, box_rows, box_matrices},
-                         jit::CU_TENSOR_MAP_SWIZZLE_128B);
-}
-
-// Of rows of scales, a row or part of one at a time.
-jit::CUtensorMap scale_map(const void* address, uint64_t count, uint64_t rows, uint64_t stride,
-                           uint32_t box) {
-  return jit::tensor_map(address, jit::CU_TENSOR_MAP_DATA_TYPE_FLOAT32, {count, rows, 1},
-                         {stride, stride * rows}, {box, 1, 1}, jit::CU_TENSOR_MAP_SWIZZLE_NONE);
-}
-
-// The part that does not depend on where keys are. In front of q's last three dims are those of the
+// What prefill and decode have in common. In front of q's last three dims are those of the
 // sequences.
-attention::Params params_of(const LogitsState& state, const ffi::AnyBuffer& q,
-                            const ffi::AnyBuffer& weights, const ffi::AnyBuffer& end,
-                            ffi::AnyBuffer& logits) {
+attention::Operands operands_of(const LogitsState& state, const ffi::AnyBuffer& q,
+                                const ffi::AnyBuffer& keys, const ffi::AnyBuffer& weights,
+                                const ffi::AnyBuffer& end, ffi::AnyBuffer& logits) {
   const auto dims = q.dimensions();
   const size_t rank = dims.size();
-  const uint64_t depth = dims[rank - 1], heads = dims[rank - 2], queries = dims[rank - 3];
-  const uint64_t sequences = q.element_count() / (queries * heads * depth);
-  attention::Params params = {};
-  params.q = byte_map(q.untyped_data(), depth, heads, sequences * queries, heads * depth,
-                      state.config.heads, state.config.block_queries());
-  params.weights = static_cast<const float*>(weights.untyped_data());
-  params.end = static_cast<const int*>(end.untyped_data());
-  params.logits = logits.untyped_data();
-  params.sequences = sequences;
-  params.queries = queries;
-  params.heads = heads;
-  params.columns = logits.dimensions().back();
-  params.out_float32 = logits.element_type() == ffi::F32;
-  params.compressed = state.compressed;
-  params.clean = state.clean;
-  return params;
+  attention::Operands x = {};
+  x.q = q.untyped_data();
+  x.keys = keys.untyped_data();
+  x.weights = weights.typed_data<float>();
+  x.end = end.typed_data<int>();
+  x.logits = logits.untyped_data();
+  x.depth = dims[rank - 1];
+  x.heads = dims[rank - 2];
+  x.queries = dims[rank - 3];
+  x.sequences = q.element_count() / (x.queries * x.heads * x.depth);
+  x.columns = logits.dimensions().back();
+  x.out_float32 = logits.element_type() == ffi::F32;
+  x.compressed = state.compressed;
+  x.clean = state.clean;
+  return x;
 }
 
-void launch(jit::CUstream stream, const LogitsState& state, attention::Params& params) {
+void launch(jit::CUstream stream, const LogitsState& state, const attention::Operands& operands) {
+  attention::Params params = attention::params_of(state.config, operands);
   void* args[] = {&params};
   state.kernel.launch(
       {stream, static_cast<unsigned>(state.num_sms), static_cast<unsigned>(state.config.threads()),
@@ -104,17 +86,11 @@ ffi::Error execute(jit::CUstream stream, LogitsState* state, ffi::AnyBuffer q, f
                    ffi::AnyBuffer scales, ffi::AnyBuffer weights, ffi::AnyBuffer start,
                    ffi::AnyBuffer end, ffi::Result<ffi::AnyBuffer> logits) {
   return guarded("mqa_logits", [&] {
-    const uint64_t depth = keys.dimensions().back();
-    const uint64_t count = scales.element_count();  // of all sequences
-    attention::Params params = params_of(*state, q, weights, end, *logits);
-    const int box = state->config.block_keys();
-    params.keys = byte_map(keys.untyped_data(), depth, count, 1, count * depth, box, 1);
-    // The copy engine wants strides that are multiples of 16, of a single row too.
-    params.scales = scale_map(scales.untyped_data(), count, 1, (count * 4 + 15) / 16 * 16, box);
-    params.start = static_cast<const int*>(start.untyped_data());
-    params.keys_end = scales.dimensions().back();
-    params.page_keys = box;
-    launch(stream, *state, params);
+    attention::Operands x = operands_of(*state, q, keys, weights, end, *logits);
+    x.scales = scales.untyped_data();
+    x.start = start.typed_data<int>();
+    x.keys_each = scales.dimensions().back();
+    launch(stream, *state, x);
   });
 }
 
@@ -124,21 +100,13 @@ ffi::Error execute_paged(jit::CUstream stream, LogitsState* state, ffi::AnyBuffe
   return guarded("mqa_logits", [&] {
     const auto dims = cache.dimensions();
     const size_t rank = dims.size();
-    const uint64_t depth = q.dimensions().back();
-    const uint64_t page_keys = dims[rank - 2], page_bytes = page_keys * dims[rank - 1];
-    const uint64_t all_pages = cache.element_count() / page_bytes;
-    attention::Params params = params_of(*state, q, weights, lengths, *logits);
-    params.keys =
-        byte_map(cache.untyped_data(), depth, page_keys, all_pages, page_bytes, page_keys, 1);
-    params.scales = scale_map(static_cast<const char*>(cache.untyped_data()) + page_keys * depth,
-                              page_keys, all_pages, page_bytes, page_keys);
-    params.pages = static_cast<const int*>(pages.untyped_data());
-    params.page_keys = page_keys;
-    params.max_pages = pages.dimensions().back();
-    params.cache_pages = dims[rank - 3];
-    params.cache_share = params.sequences / (all_pages / params.cache_pages);
-    params.keys_end = std::min<int64_t>(params.columns, params.max_pages * int64_t(page_keys));
-    launch(stream, *state, params);
+    attention::Operands x = operands_of(*state, q, cache, weights, lengths, *logits);
+    x.keys_each = dims[rank - 2];
+    x.cache_pages = dims[rank - 3];
+    x.caches = cache.element_count() / (x.cache_pages * x.keys_each * dims[rank - 1]);
+    x.pages = pages.typed_data<int>();
+    x.max_pages = pages.dimensions().back();
+    launch(stream, *state, x);
   });
 }
 

@@ -9,6 +9,7 @@
 
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -46,7 +47,8 @@ struct Cta {
 
   Cluster* cluster;
   unsigned rank, index;
-  std::vector<char> memory = std::vector<char>(kBase + kBytes);
+  char* memory;             // that starts at kBase
+  std::vector<char> owned;  // where it is, if not where the kernel's own pointers lead
   std::map<uint32_t, Barrier> barriers;
   std::map<int, Meeting> meetings;
   std::vector<Warp> warps;
@@ -127,7 +129,7 @@ inline char* shared(uint32_t address, int bytes) {
   if (offset < Cta::kBase || offset + bytes > Cta::kBase + Cta::kBytes)
     fail("outside shared memory");
   if (offset % bytes && bytes <= 16) fail("a misaligned access to shared memory");
-  return cta_of(address).memory.data() + offset;
+  return cta_of(address).memory + offset - Cta::kBase;
 }
 
 inline Barrier& barrier(uint32_t address) {
@@ -179,8 +181,11 @@ inline void run(Cluster& cluster) {
   for (auto& copy : cluster.copies) copy();
 }
 
+// `memory`: the array that is dynamic shared memory to the kernel, if it is to the kernel more than
+// an address; it is so to CTAs that run one at a time.
 template <class Kernel>
-void launch(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
+void launch(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel,
+            char* memory = nullptr) {
   body = kernel;
   block_dim = {block};
   grid_dim = {grid};
@@ -192,8 +197,10 @@ void launch(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel)
       cta->rank = rank;
       cta->index = first + rank;
       cta->warps.resize(block / 32);
+      if (!memory) cta->owned.resize(Cta::kBytes);
+      cta->memory = memory ? memory : cta->owned.data();
       // As if another kernel had left its data there.
-      std::memset(cta->memory.data(), 0x7f, cta->memory.size());
+      std::memset(cta->memory, 0x7f, Cta::kBytes);
       for (unsigned i = 0; i < block; ++i) {
         auto thread = std::make_unique<Thread>();
         thread->cta = cta.get();
@@ -263,7 +270,9 @@ To bits_of(From x) {
 }
 inline float __uint_as_float(unsigned x) { return bits_of<float>(x); }
 inline unsigned __float_as_uint(float x) { return bits_of<unsigned>(x); }
+inline float __int_as_float(int x) { return bits_of<float>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 
 template <class T>
 T __ldg(const T* p) {
@@ -289,9 +298,27 @@ template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   return from_lane(x, sim::self().lane() ^ mask);
 }
+template <class T>
+T __shfl_up_sync(unsigned, T x, int count) {
+  return from_lane(x, max(sim::self().lane() - count, 0));
+}
+inline int __reduce_min_sync(unsigned, int x) {
+  const uint64_t* given = sim::exchange(static_cast<uint32_t>(x));
+  for (int lane = 0; lane < 32; ++lane) x = min(x, static_cast<int>(given[lane]));
+  return x;
+}
+inline int __reduce_max_sync(unsigned mask, int x) { return ~__reduce_min_sync(mask, ~x); }
 inline unsigned __ballot_sync(unsigned, bool x) {
   const uint64_t* given = sim::exchange(x);
   unsigned mask = 0;
   for (int lane = 0; lane < 32; ++lane) mask |= unsigned(given[lane] != 0) << lane;
   return mask;
+}
+
+// No thread runs while another does.
+template <class T>
+T atomicAdd(T* p, T x) {
+  const T before = *p;
+  *p += x;
+  return before;
 }
