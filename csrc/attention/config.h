@@ -20,6 +20,7 @@ struct Part {
   int query, queries;  // the first, and how many there are; 0: no more parts
   Range tiles;         // of keys, that are this CTA's
   Range all;           // that any of the queries sees
+  int keys_end;        // of the keys that any of them sees
   int edges;           // whether the logits outside of all tiles are this CTA's, too
 };
 

@@ -101,9 +101,9 @@ __forceinline__ void copy(const Params& p, Share share, Memory memory, Part* par
     }
     if (part.queries == 0) return;
 
-    const int end = part.all.end * config.block_keys();
     const auto look_up = [&](int tile) {
-      return locate(p, part.sequence, tile * config.block_keys() + lane * p.page_keys, end);
+      return locate(p, part.sequence, tile * config.block_keys() + lane * p.page_keys,
+                    part.keys_end);
     };
     int page, next_page = look_up(part.tiles.begin);
     for (int i = 0; part.tiles.begin + i < part.tiles.end; ++i, keys.advance()) {

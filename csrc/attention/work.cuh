@@ -34,12 +34,13 @@ __forceinline__ Part block_at(const Params& p, int index) {
     const Range keys = seen_keys(p, part.query + min(number, part.queries - 1));
     if (keys.begin == keys.end) continue;
     all.begin = min(all.begin, keys.begin / config.block_keys());
-    all.end = max(all.end, ceil_div(keys.end, config.block_keys()));
+    part.keys_end = max(part.keys_end, keys.end);
   }
   if constexpr (lanes == 32) {
     all.begin = __reduce_min_sync(0xffffffff, all.begin);
-    all.end = __reduce_max_sync(0xffffffff, all.end);
+    part.keys_end = __reduce_max_sync(0xffffffff, part.keys_end);
   }
+  all.end = ceil_div(part.keys_end, config.block_keys());
   if (all.end) part.all = all;
   return part;
 }

@@ -89,16 +89,18 @@ def test_batch_of_keys(kernel):
 def sequences(seed, ends, h, d, block_kv, columns, max_blocks):
     """simulate_paged's arguments, and the logits. `ends`: of each query."""
     ends = np.array(ends, np.int32)
-    next_n = ends.shape[1]
+    b, next_n = ends.shape
     each = [whole_problem(seed + i, next_n, n, h, d) for i, n in enumerate(ends.max(1))]
     cache, table = paged(np.random.default_rng(seed), [p.kv for p in each], block_kv, max_blocks)
+    # There is nothing behind what the last sequence needs.
+    used = (b - 1) * max_blocks + -(-min(ends[-1].max(), columns) // block_kv)
     zeros = np.zeros(next_n, np.int32)
     return (
         np.stack([p.q for p in each]),
         cache,
         np.stack([p.weights for p in each]),
         ends,
-        table,
+        table.ravel()[:used],
         columns,
         max_blocks,
     ), np.concatenate(
