@@ -14,6 +14,8 @@
 #include "jit/compile.h"
 #include "jit/cuda.h"
 #include "jit/sources.h"
+#include "layout/handler.h"
+#include "quantize/handler.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace nb = nanobind;
@@ -53,6 +55,12 @@ NB_MODULE(_C, m) {
     targets["deepgemm_jax_paged_mqa_logits"] =
         stages(LogitsInstantiate, LogitsInitialize, PagedLogitsExecute);
     targets["deepgemm_jax_topk"] = stages(TopkInstantiate, TopkInitialize, TopkExecute);
+    targets["deepgemm_jax_quantize_rows"] =
+        stages(QuantizeRowsInstantiate, QuantizeRowsInitialize, QuantizeRowsExecute);
+    targets["deepgemm_jax_quantize_tiles"] =
+        stages(QuantizeTilesInstantiate, QuantizeTilesInitialize, QuantizeTilesExecute);
+    targets["deepgemm_jax_transpose"] =
+        stages(TransposeInstantiate, TransposeInitialize, TransposeExecute);
     return targets;
   });
   m.def("types", [] {
@@ -60,6 +68,9 @@ NB_MODULE(_C, m) {
     types["deepgemm_jax_gemm_state"] = type<GemmState>();
     types["deepgemm_jax_logits_state"] = type<LogitsState>();
     types["deepgemm_jax_topk_state"] = type<TopkState>();
+    types["deepgemm_jax_quantize_rows_state"] = type<quantize::RowsState>();
+    types["deepgemm_jax_quantize_tiles_state"] = type<quantize::TilesState>();
+    types["deepgemm_jax_transpose_state"] = type<layout::State>();
     return types;
   });
   m.def("gemm_smem_bytes", gemm_smem_bytes, nb::arg("config"));

@@ -59,6 +59,16 @@ def assert_same(result, data, scale) -> None:
         )
 
 
+def assert_close(result, wanted) -> None:
+    """But for what an activation loses, which may show where a number is between two of FP8's."""
+    np.testing.assert_allclose(result.scale, wanted.scale, rtol=1e-5)
+    got, expected = (np.asarray(x.data).astype(np.float32) for x in (result, wanted))
+    eps = float(ml_dtypes.finfo(wanted.dtype).eps)
+    tiny = float(ml_dtypes.finfo(wanted.dtype).smallest_subnormal)
+    np.testing.assert_allclose(got, expected, rtol=eps * 1.01, atol=tiny)
+    assert np.mean(got != expected) < 0.01
+
+
 def random_input(seed: int, shape, dtype=jnp.bfloat16) -> np.ndarray:
     """Normal numbers with zeros, denormals and outliers among them, and some rows of zeros."""
     rng = np.random.default_rng(seed)

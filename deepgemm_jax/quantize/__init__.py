@@ -282,8 +282,12 @@ ScaledArray(float8_e4m3fn[64,640], scale=float32[64,5]) [256   0 128]
             f"{name}: group_sizes has shape {group_sizes.shape} for x of shape {x.shape}, "
             "wanted at least one group, in 1 dimension for 2"
         )
-    rows, padded_sizes = _padded_rows(group_sizes.astype(jnp.int32), x.shape[0])
-    results = op.quantize_transpose_grouped(x, rows, params=params)
+    m, group_sizes = x.shape[0], group_sizes.astype(jnp.int32)
+    columns = BLOCK * (m // BLOCK + len(group_sizes))
+    params = op.GroupedParams(**vars(params), columns=columns)
+    results = op.quantize_transpose_grouped(x, group_sizes, params=params)
+    _, sizes = reference.rows_of_groups(group_sizes, m)
+    padded_sizes = reference.fill_up(sizes)
     return _scaled(results[:2], scale_format), _scaled(results[2:], scale_format), padded_sizes
 
 
@@ -374,7 +378,7 @@ def swiglu_quantize_backward(
     params = _activation_params(name, activation, dtype, scale_format, implementation)
     operands = [jnp.asarray(operand) for operand in (x, dy, weights) if operand is not None]
     *dx, d_weights = op.swiglu_quantize_backward(*operands, params=params)
-    return _scaled(dx, scale_format), None if weights is None else d_weights
+    return _scaled(dx, scale_format), None if weights is None else d_weights.sum(axis=-1)
 
 
 @overload
@@ -525,18 +529,3 @@ def _activation_params(
 def _scaled(results: Any, scale_format: str) -> ScaledArray:
     data, scale = results
     return ScaledArray(data, pack_ue8m0(scale) if scale_format == "packed_ue8m0" else scale)
-
-
-def _padded_rows(sizes: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
-    """For each column of the grouped transposed its row, M for none, and each group's columns."""
-    # Sums that pass 2³¹ would come round; each size alone is cut to M first, and sums with it.
-    ends = jax.lax.associative_scan(lambda x, y: jnp.minimum(x + y, m), jnp.clip(sizes, 0, m))
-    sizes = jnp.diff(ends, prepend=0)
-    padded_sizes = (sizes + BLOCK - 1) // BLOCK * BLOCK
-    padded_ends = jnp.cumsum(padded_sizes)
-    column = jnp.arange(BLOCK * (m // BLOCK + len(sizes)), dtype=jnp.int32)
-    group = jnp.searchsorted(padded_ends, column, side="right", method="compare_all")
-    group = jnp.minimum(group, len(sizes) - 1)
-    offset = column - (padded_ends - padded_sizes)[group]
-    row = (ends - sizes)[group] + offset
-    return jnp.where(offset < sizes[group], row, m), padded_sizes

@@ -2,13 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from .._core.op import Op, Params
-from . import reference
+from .._core.device import ARCHS
+from .._core.op import Kernel, Op, Params
+from ..scaled import BLOCK
+from . import config, reference
+
+VECTOR = 8  # elements of a row that a thread of the kernels loads and stores at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +27,11 @@ class ActivationParams(CastParams):
     activation: str = "silu"
 
 
+@dataclasses.dataclass(frozen=True)
+class GroupedParams(CastParams):
+    columns: int = 0  # of the transposed
+
+
 FLOAT = "bfloat16|float32|float16"
 DERIVATIVE = (
     "its result is quantised. Stop the gradient of its operands, or wrap it in jax.custom_vjp "
@@ -29,22 +39,86 @@ DERIVATIVE = (
 )
 
 
-def _cast(name: str, scale: str, block: tuple[int, int], fold: Sequence[str] = ()) -> Op:
+def _refuses_columns(params, operands, multiple=VECTOR, of=1):
+    k = operands[0].shape[-1] // of
+    return f"{k} columns, only for multiples of {multiple}" if k % multiple else None
+
+
+def _kernel(
+    target: str,
+    config_of: Callable[[Any, Any], Any],
+    column_major: tuple[str, ...] = (),
+    refuses: Callable[[Any, Sequence[Any]], str | None] = _refuses_columns,
+) -> Kernel:
+    """`config_of(params, dtype)` is the variant for operands of that dtype."""
+
+    def attributes(params, operands, device):
+        chosen = dataclasses.astuple(config_of(params, operands[0].dtype))
+        return {
+            "config": np.array(chosen, np.int64),
+            "arch": device.arch,
+            "round_up": np.int64(params.round_up),
+        }
+
+    def refuses_dtypes_too(params, operands):
+        if operands[0].dtype == jnp.float16:
+            return "float16"
+        return refuses(params, operands)
+
+    return Kernel(
+        target=f"deepgemm_jax_quantize_{target}",
+        archs=ARCHS,
+        attributes=attributes,
+        column_major=column_major,
+        refuses=refuses_dtypes_too,
+    )
+
+
+def _cast(
+    name: str, scale: str, block: tuple[int, int], kernel: Kernel, fold: Sequence[str] = ()
+) -> Op:
     return Op(
         name,
         operands={"x": f"{FLOAT}[m k]"},
         results={"data": "dtype[m k]", "scale": f"float32[{scale}]"},
         limits={"k": (1, 1)},
         reference=functools.partial(reference.cast, block=block),
+        kernel=kernel,
         derivative=DERIVATIVE,
         batched=True,
         fold=fold,
     )
 
 
-per_token_cast_to_fp8 = _cast("per_token_cast_to_fp8", "m k/128", (1, 128), fold=("m",))
-per_channel_cast_to_fp8 = _cast("per_channel_cast_to_fp8", "m/128 k", (128, 1))
-per_block_cast_to_fp8 = _cast("per_block_cast_to_fp8", "m/128 k/128", (128, 128))
+per_token_cast_to_fp8 = _cast(
+    "per_token_cast_to_fp8",
+    "m k/128",
+    (1, BLOCK),
+    _kernel(
+        "rows",
+        lambda params, dtype: config.rows("cast", "silu", dtype, params.dtype),
+        column_major=("scale",),
+    ),
+    fold=("m",),
+)
+per_channel_cast_to_fp8 = _cast(
+    "per_channel_cast_to_fp8",
+    "m/128 k",
+    (BLOCK, 1),
+    _kernel(
+        "tiles",
+        lambda params, dtype: config.tiles("per_channel", dtype, params.dtype),
+    ),
+)
+per_block_cast_to_fp8 = _cast(
+    "per_block_cast_to_fp8",
+    "m/128 k/128",
+    (BLOCK, BLOCK),
+    _kernel(
+        "tiles",
+        lambda params, dtype: config.tiles("per_block", dtype, params.dtype),
+    ),
+)
 
 
 def _cast_with_scale(name: str) -> Op:
@@ -65,6 +139,21 @@ def _cast_with_scale(name: str) -> Op:
 per_row_cast_to_fp8 = _cast_with_scale("per_row_cast_to_fp8")
 per_tensor_cast_to_fp8 = _cast_with_scale("per_tensor_cast_to_fp8")
 
+
+def _refuses_transposed(params, operands):
+    m = operands[0].shape[-2]
+    if len(operands) == 1 and m % (2 * VECTOR):
+        return f"{m} rows, only for multiples of {2 * VECTOR}"
+    return _refuses_columns(params, operands)
+
+
+BOTH_WAYS = _kernel(
+    "tiles",
+    lambda params, dtype: config.tiles("both_ways", dtype, params.dtype),
+    column_major=("scale", "transposed.scale"),
+    refuses=_refuses_transposed,
+)
+
 quantize_transpose = Op(
     "quantize_transpose",
     operands={"x": f"{FLOAT}[m k]"},
@@ -76,26 +165,46 @@ quantize_transpose = Op(
     },
     limits={"k": (1, 1)},
     reference=reference.quantize_transpose,
+    kernel=BOTH_WAYS,
     derivative=DERIVATIVE,
     batched=True,
 )
 
 quantize_transpose_grouped = Op(
     "quantize_transpose",
-    operands={"x": f"{FLOAT}[m k]", "rows": "int32[p]"},
+    operands={"x": f"{FLOAT}[m k]", "group_sizes": "int32[g]"},
     results={
         "data": "dtype[m k]",
         "scale": "float32[m k/128]",
-        "transposed.data": "dtype[k p]",
-        "transposed.scale": "float32[k p/128]",
+        "transposed.data": "dtype[k columns]",
+        "transposed.scale": "float32[k columns/128]",
     },
     limits={"k": (1, 1)},
     reference=reference.quantize_transpose_grouped,
+    kernel=BOTH_WAYS,
     derivative=DERIVATIVE,
     batched=True,
-    # A row of x may be asked for by any column of the transposed.
-    whole=("m", "p"),
+    # The rows of a group may be anywhere.
+    whole=("m", "g"),
 )
+
+
+def _refuses_gated(params, operands):
+    x, *weights = operands
+    return _refuses_weights(weights) or _refuses_columns(params, operands, of=2)
+
+
+def _refuses_gated_backward(params, operands):
+    x, dy, *weights = operands
+    if dy.dtype != x.dtype:
+        return f"dy of {dy.dtype} with x of {x.dtype}"
+    # No block of the result belongs to both halves.
+    return _refuses_weights(weights) or _refuses_columns(params, operands, BLOCK, of=2)
+
+
+def _refuses_weights(weights):
+    return next((f"weights of {w.dtype}" for w in weights if w.dtype != jnp.float32), None)
+
 
 # `i` is the width of gate and up together, so that `i/2` is the width of either.
 swiglu_quantize = Op(
@@ -104,6 +213,12 @@ swiglu_quantize = Op(
     results={"data": "dtype[m i/2]", "scale": "float32[m i/256]"},
     limits={"i": (2, 2)},
     reference=reference.swiglu_quantize,
+    kernel=_kernel(
+        "rows",
+        lambda params, dtype: config.rows("gated", params.activation, dtype, params.dtype),
+        column_major=("scale",),
+        refuses=_refuses_gated,
+    ),
     derivative=f"{DERIVATIVE}; swiglu_quantize_backward computes its gradient",
     batched=True,
     fold=("m",),
@@ -113,9 +228,20 @@ swiglu_quantize = Op(
 swiglu_quantize_backward = Op(
     "swiglu_quantize_backward",
     operands={"x": f"{FLOAT}[m i]", "dy": f"{FLOAT}[m i/2]", "weights?": f"{FLOAT}[m]"},
-    results={"data": "dtype[m i]", "scale": "float32[m i/128]", "d_weights": "float32[m]"},
+    results={
+        "data": "dtype[m i]",
+        "scale": "float32[m i/128]",
+        # Sums over the blocks of a half, which are the caller's to add up.
+        "d_weights": "float32[m i/256]",
+    },
     limits={"i": (2, 2)},
     reference=reference.swiglu_quantize_backward,
+    kernel=_kernel(
+        "rows",
+        lambda params, dtype: config.rows("gated_backward", params.activation, dtype, params.dtype),
+        column_major=("scale",),
+        refuses=_refuses_gated_backward,
+    ),
     derivative=DERIVATIVE,
     batched=True,
     fold=("m",),

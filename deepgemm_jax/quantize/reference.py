@@ -83,13 +83,32 @@ def quantize_transpose(params, x):
     return [*cast(params, x), *cast(params, jnp.swapaxes(x, -1, -2))]
 
 
-def quantize_transpose_grouped(params, x, rows):
-    """`rows` says which row of x each column of the transposed has, M or more for none."""
+def rows_of_groups(sizes: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
+    """The first row of each group, and its number of rows: no group reaches past the last of M."""
+    # Sums that pass 2³¹ would come round; each size alone is cut to M first, and sums with it.
+    ends = jax.lax.associative_scan(lambda x, y: jnp.minimum(x + y, m), jnp.clip(sizes, 0, m))
+    sizes = jnp.diff(ends, prepend=0)
+    return ends - sizes, sizes
+
+
+def fill_up(sizes: jax.Array) -> jax.Array:
+    return (sizes + BLOCK - 1) // BLOCK * BLOCK
+
+
+def quantize_transpose_grouped(params, x, sizes):
+    """Each group's columns of the transposed begin at a multiple of 128."""
     if x.ndim > 2:
-        return jax.vmap(lambda x, rows: quantize_transpose_grouped(params, x, rows))(x, rows)
+        return jax.vmap(lambda x, sizes: quantize_transpose_grouped(params, x, sizes))(x, sizes)
     m = x.shape[0]
-    grouped = jnp.zeros(m, bool).at[rows].set(True, mode="drop")
-    gathered = jnp.take(x, rows, axis=0, mode="fill", fill_value=0)
+    starts, sizes = rows_of_groups(sizes, m)
+    padded_ends = jnp.cumsum(fill_up(sizes))
+    column = jnp.arange(params.columns, dtype=jnp.int32)
+    group = jnp.searchsorted(padded_ends, column, side="right", method="compare_all")
+    group = jnp.minimum(group, len(sizes) - 1)
+    offset = column - (padded_ends - fill_up(sizes))[group]
+    row = jnp.where(offset < sizes[group], starts[group] + offset, m)
+    gathered = jnp.take(x, row, axis=0, mode="fill", fill_value=0)
+    grouped = jnp.arange(m) < sizes.sum()
     return [*cast(params, jnp.where(grouped[:, None], x, 0)), *cast(params, gathered.T)]
 
 
@@ -101,11 +120,17 @@ def swiglu_quantize(params, x, weights=None):
     return cast(params, y)
 
 
+def _sum_blocks(x: jax.Array) -> jax.Array:
+    *outer, k = x.shape
+    x = jnp.pad(x, [(0, 0)] * len(outer) + [(0, -k % BLOCK)])
+    return x.reshape(*outer, -1, BLOCK).sum(axis=-1)
+
+
 def swiglu_quantize_backward(params, x, dy, weights=None):
     gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     dy = dy.astype(jnp.float32)
     activated, derivative = jax.vjp(ACTIVATIONS[params.activation], gate)
-    d_weights = jnp.sum(dy * activated * up, axis=-1)
+    d_weights = _sum_blocks(dy * activated * up)
     if weights is not None:
         dy *= weights.astype(jnp.float32)[..., None]
     (d_gate,) = derivative(dy * up)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,16 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepgemm_jax import quantize
-from deepgemm_jax.quantize import op
+from deepgemm_jax import fp8_gemm_nt, quantize
+from deepgemm_jax.quantize import (
+    op,
+    per_block_cast_to_fp8,
+    per_token_cast_to_fp8,
+    prepare_weight,
+    quantize_transpose,
+    swiglu_quantize,
+    swiglu_quantize_backward,
+)
 
 M, K = 256, 1024
 SIZES = np.array([130, 0, 70], np.int32)
@@ -141,19 +150,60 @@ def test_shard_map(mesh, name):
         assert_equal(jax.jit(sharded)(*given), wanted)
 
 
+def lower(call, *operands, **keywords):
+    traced = jax.jit(lambda *xs: call(*xs, **keywords)).trace(*operands)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 @each_op
 def test_lowers_for_a_gpu(name, caplog):
-    def lower(**keywords):
-        call = functools.partial(function(name), **keywords)
-        traced = jax.jit(lambda *xs: call(*xs)).trace(*operands(name))
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
+    call, given = function(name), operands(name)
     with caplog.at_level(logging.WARNING, "deepgemm_jax"):
-        assert "custom_call" not in lower()
-        assert "custom_call" not in lower(implementation="xla")
-    assert len(caplog.records) <= 1  # one a process, which another test may have had
-    with pytest.raises(NotImplementedError, match=f"^{name} has no kernel"):
-        lower(implementation="cuda")
+        assert "custom_call" not in lower(call, *given, implementation="xla")
+        text = lower(call, *given)
+    if name in GLOBAL:
+        assert "custom_call" not in text
+        with pytest.raises(NotImplementedError, match=f"^{name} has no kernel"):
+            lower(call, *given, implementation="cuda")
+    else:
+        assert "custom_call @deepgemm_jax_quantize" in text
+        assert lower(call, *given, implementation="cuda") == text
+        assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("call", "shapes", "reason"),
+    [
+        (per_token_cast_to_fp8, [(4, 100)], "100 columns, only for multiples of 8"),
+        (quantize_transpose, [(100, 128)], "100 rows, only for multiples of 16"),
+        (swiglu_quantize, [(4, 264)], "132 columns, only for multiples of 8"),
+        (swiglu_quantize_backward, [(4, 400), (4, 200)], "200 columns, only for multiples of 128"),
+    ],
+)
+def test_calls_that_kernels_are_not_made_for(call, shapes, reason):
+    given = [jnp.ones(shape, jnp.bfloat16) for shape in shapes]
+    assert "custom_call" not in lower(call, *given)
+    with pytest.raises(NotImplementedError, match=f"^{call.__name__} has no kernel for {reason}"):
+        lower(call, *given, implementation="cuda")
+
+
+def test_dtypes_that_kernels_are_not_made_for():
+    half = jnp.ones((4, 256), jnp.float16)
+    assert "custom_call" not in lower(per_block_cast_to_fp8, half)
+    x, dy = jnp.ones((4, 256), jnp.bfloat16), jnp.ones((4, 128))
+    with pytest.raises(NotImplementedError, match="no kernel for dy of float32 with x of bfloat16"):
+        lower(swiglu_quantize_backward, x, dy, implementation="cuda")
+    with pytest.raises(NotImplementedError, match="no kernel for weights of bfloat16"):
+        lower(swiglu_quantize, x, x[:, 0], implementation="cuda")
+
+
+def test_the_gemm_takes_the_scales_as_the_cast_writes_them():
+    x, w = jnp.ones((64, 512), jnp.bfloat16), jnp.ones((128, 512), jnp.bfloat16)
+    text = lower(lambda x, w: fp8_gemm_nt(per_token_cast_to_fp8(x), prepare_weight(w)), x, w)
+    written = re.search(r"@deepgemm_jax_quantize_rows.*result_layouts = \[(.*?)\]}", text)[1]
+    read = re.search(r"@deepgemm_jax_gemm.*operand_layouts = \[(.*?)\],", text)[1]
+    layouts = [re.findall(r"dense<\[(.*?)\]>", text) for text in (written, read)]
+    assert layouts == [["1, 0", "0, 1"], ["1, 0", "0, 1", "1, 0", "1, 0"]]
 
 
 @pytest.mark.parametrize("name", ["per_token_cast_to_fp8", "swiglu_quantize"])

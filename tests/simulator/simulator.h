@@ -269,8 +269,17 @@ To bits_of(From x) {
   return y;
 }
 inline float __uint_as_float(unsigned x) { return bits_of<float>(x); }
-inline unsigned __float_as_uint(float x) { return bits_of<unsigned>(x); }
 inline float __int_as_float(int x) { return bits_of<float>(x); }
+inline unsigned __float_as_uint(float x) { return bits_of<unsigned>(x); }
+inline float __frcp_rn(float x) { return 1 / x; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t both = uint64_t{y} << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= unsigned(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return result;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 
@@ -291,8 +300,8 @@ T from_lane(T x, int lane) {
   return x;
 }
 template <class T>
-T __shfl_sync(unsigned, T x, int lane) {
-  return from_lane(x, lane);
+T __shfl_sync(unsigned, T x, int lane, int width = 32) {
+  return from_lane(x, sim::self().lane() / width * width + lane % width);
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
@@ -313,6 +322,12 @@ inline unsigned __ballot_sync(unsigned, bool x) {
   unsigned mask = 0;
   for (int lane = 0; lane < 32; ++lane) mask |= unsigned(given[lane] != 0) << lane;
   return mask;
+}
+inline int __reduce_add_sync(unsigned, int x) {
+  const uint64_t* given = sim::exchange(unsigned(x));
+  int sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += int(given[lane]);
+  return sum;
 }
 
 // No thread runs while another does.

@@ -1,0 +1,69 @@
+// PTX on numbers that has no CUDA C++ spelling without headers, and a load for what is read once.
+// Names follow the PTX ISA; see its sections on max, cvt, ex2 and ld.
+#pragma once
+
+#include "device/ptx.cuh"
+
+namespace deepgemm {
+
+// 16 bytes for which there is no room in L1. Not by the path for constants (.nc): the kernel
+// before, which wrote them, may have run at the same time as this one's beginning.
+__forceinline__ uint4 load_once(const void* address) {
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(address));
+  return x;
+}
+
+// The larger magnitude, with some sign; NaN if either is.
+__forceinline__ float larger(float x, float y) {
+  float z;
+  asm("max.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+__forceinline__ uint32_t larger_bfloat16s(uint32_t x, uint32_t y) {  // of two at once
+  uint32_t z;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+
+// x y, where denormals and -0 count as 0: the addition makes that of them.
+__forceinline__ float multiply_flushed(float x, float y) {
+  float z;
+  asm("fma.rn.ftz.f32 %0, %1, %2, 0f00000000;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+__forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// To the nearest, ties to even, saturating; x is the lower byte.
+template <bool e5m2>
+__forceinline__ unsigned short to_fp8(float x, float y) {
+  unsigned short bytes;
+  if constexpr (e5m2) {
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(y), "f"(x));
+  } else {
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(y), "f"(x));
+  }
+  return bytes;
+}
+
+__forceinline__ uint32_t join(unsigned short low, unsigned short high) {
+  uint32_t both;
+  asm("mov.b32 %0, {%1, %2};" : "=r"(both) : "h"(low), "h"(high));
+  return both;
+}
+
+}  // namespace deepgemm

@@ -1,0 +1,144 @@
+#include "quantize/handler.h"
+
+namespace ffi = xla::ffi;
+
+namespace deepgemm::quantize {
+namespace {
+
+constexpr char kOp[] = "quantize";
+
+ffi::ErrorOr<std::unique_ptr<RowsState>> rows_instantiate(ffi::Span<const int64_t> config,
+                                                          std::string_view arch, int64_t round_up) {
+  return jit::instantiate<RowsState>(kOp, "quantize/sm90_rows.cuh", config, arch, round_up);
+}
+
+ffi::ErrorOr<std::unique_ptr<TilesState>> tiles_instantiate(ffi::Span<const int64_t> config,
+                                                            std::string_view arch,
+                                                            int64_t round_up) {
+  return jit::instantiate<TilesState>(kOp, "quantize/sm90_tiles.cuh", config, arch, round_up);
+}
+
+ffi::Error rows_initialize(RowsState* state) {
+  return jit::guarded(kOp, [&] { state->kernel.prepare(/*smem_bytes=*/0); });
+}
+
+ffi::Error tiles_initialize(TilesState* state) {
+  return jit::guarded(kOp, [&] { state->kernel.prepare(state->config.smem_bytes()); });
+}
+
+template <class T>
+T* address(const ffi::AnyBuffer& x) {
+  return static_cast<T*>(x.untyped_data());
+}
+
+ffi::Error rows_execute(jit::CUstream stream, RowsState* state, ffi::AnyBuffer x,
+                        ffi::RemainingArgs more, ffi::Result<ffi::AnyBuffer> data,
+                        ffi::Result<ffi::AnyBuffer> scale, ffi::RemainingRets d_weights) {
+  return jit::guarded(kOp, [&] {
+    const RowsConfig& config = state->config;
+    const bool backward = config.function == kGatedBackward;
+    const size_t weights = backward ? 1 : 0;
+    RowsParams params = {};
+    params.x = x.untyped_data();
+    if (backward) params.dy = more.get<ffi::AnyBuffer>(0)->untyped_data();
+    if (more.size() > weights) {
+      params.weights = address<const float>(*more.get<ffi::AnyBuffer>(weights));
+    }
+    params.data = address<unsigned char>(*data);
+    params.scale = address<float>(*scale);
+    if (backward) params.d_weights = address<float>(**d_weights.get<ffi::AnyBuffer>(0));
+    params.m = x.dimensions()[0];
+    params.k = x.dimensions()[1] / (config.function == kCast ? 1 : 2);
+    params.round_up = state->round_up;
+
+    void* args[] = {&params};
+    state->kernel.launch(
+        {stream, static_cast<unsigned>(config.ctas(params)),
+         static_cast<unsigned>(config.threads()), /*cluster=*/1, /*smem_bytes=*/0, /*pdl=*/true},
+        args);
+  });
+}
+
+ffi::Error tiles_execute(jit::CUstream stream, TilesState* state, ffi::AnyBuffer x,
+                         ffi::RemainingArgs group_sizes, ffi::Result<ffi::AnyBuffer> data,
+                         ffi::Result<ffi::AnyBuffer> scale, ffi::RemainingRets transposed) {
+  return jit::guarded(kOp, [&] {
+    const TilesConfig& config = state->config;
+    const auto dims = x.dimensions();
+    TilesParams params = {};
+    params.x = x.untyped_data();
+    params.data = address<unsigned char>(*data);
+    params.scale = address<float>(*scale);
+    params.batch = dims.size() == 3 ? dims.front() : 1;
+    params.m = dims[dims.size() - 2];
+    params.k = dims.back();
+    params.t_rows = params.m;
+    if (transposed.size()) {
+      ffi::Result<ffi::AnyBuffer> t_data = *transposed.get<ffi::AnyBuffer>(0);
+      params.t_data = address<unsigned char>(*t_data);
+      params.t_scale = address<float>(**transposed.get<ffi::AnyBuffer>(1));
+      params.t_rows = t_data->dimensions().back();
+    }
+    params.round_up = state->round_up;
+    if (group_sizes.size()) {
+      const auto sizes = *group_sizes.get<ffi::AnyBuffer>(0);
+      params.group_sizes = address<const int>(sizes);
+      params.groups = sizes.dimensions().back();
+    }
+
+    void* args[] = {&params};
+    state->kernel.launch({stream, static_cast<unsigned>(config.ctas(params)),
+                          static_cast<unsigned>(config.threads()), /*cluster=*/1,
+                          static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
+                         args);
+  });
+}
+
+}  // namespace
+}  // namespace deepgemm::quantize
+
+using deepgemm::jit::CUstream;
+using deepgemm::quantize::RowsState;
+using deepgemm::quantize::TilesState;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizeRowsInstantiate, deepgemm::quantize::rows_instantiate,
+                              ffi::Ffi::BindInstantiate()
+                                  .Attr<ffi::Span<const int64_t>>("config")
+                                  .Attr<std::string_view>("arch")
+                                  .Attr<int64_t>("round_up"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    QuantizeRowsInitialize, deepgemm::quantize::rows_initialize,
+    ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().Ctx<ffi::State<RowsState>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizeRowsExecute, deepgemm::quantize::rows_execute,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<CUstream>>()
+                                  .Ctx<ffi::State<RowsState>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizeTilesInstantiate, deepgemm::quantize::tiles_instantiate,
+                              ffi::Ffi::BindInstantiate()
+                                  .Attr<ffi::Span<const int64_t>>("config")
+                                  .Attr<std::string_view>("arch")
+                                  .Attr<int64_t>("round_up"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    QuantizeTilesInitialize, deepgemm::quantize::tiles_initialize,
+    ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().Ctx<ffi::State<TilesState>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizeTilesExecute, deepgemm::quantize::tiles_execute,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<CUstream>>()
+                                  .Ctx<ffi::State<TilesState>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets(),
+                              {ffi::Traits::kCmdBufferCompatible});

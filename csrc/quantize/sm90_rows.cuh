@@ -1,0 +1,126 @@
+// data[m, n] = FP8(y[m, n] / scale[m, n / 128]),  scale = max over the 128 columns |y| / largest
+//
+//   cast:      y = x[m, n]
+//   gated:     y = w[m] f(x[m, n]) x[m, k + n]
+//   backward:  y = the gradients of gate and up, of n and k + n:
+//              w dy f'(gate) up  and  w dy f(gate);  d_weights = sum of dy f(gate) up
+//
+// A warp takes a block of 128 columns in a few rows, half of them for each of its halves:
+//
+//              16 lanes x 8 columns
+//   row 0      lane 0 | 1 | ... | 15
+//   ...        the same lanes           all rows' loads first, then their scales, then the stores
+//   row 4      lane 16 | ... | 31
+//   ...
+//
+// Neighbouring rows have neighbouring scales, as the GEMM reads them: what a warp writes of these
+// is a sector of memory.
+#pragma once
+
+#include "quantize/activation.cuh"
+#include "quantize/vector.cuh"
+
+namespace deepgemm::quantize {
+
+constexpr RowsConfig config{CONFIG};
+
+constexpr int kInputs = config.function == kCast ? 1 : config.function == kGated ? 2 : 3;
+constexpr int kOutputs = config.function == kGatedBackward ? 2 : 1;
+constexpr int kRows = config.rows_per_warp() / 2;  // of each half
+
+using Input = Vector<config.float32>;
+
+// Eight elements of a row: y from the inputs. Returns the sum of the weight's gradient's terms.
+__forceinline__ float compute(const Input (&inputs)[kInputs], float weight,
+                              float (&y)[kOutputs][kVector]) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if constexpr (config.function == kCast) {
+      y[0][i] = inputs[0][i];
+    } else {
+      const Activated f = activate<config.activation>(inputs[0][i]);
+      const float up = inputs[1][i];
+      if constexpr (config.function == kGated) {
+        y[0][i] = f.value * up * weight;
+      } else {
+        const float dy = inputs[2][i];
+        sum += dy * f.value * up;
+        y[0][i] = dy * weight * up * f.slope;
+        y[1][i] = dy * weight * f.value;
+      }
+    }
+  }
+  return sum;
+}
+
+__forceinline__ void quantise(const RowsParams& p, int block, int row0) {
+  const int lane = threadIdx.x % 16;
+  const int column = block * kBlock + lane * kVector;
+  const auto valid = [&](int row) { return row0 + row < p.m && column < p.k; };
+  // Where a row's eight elements are in a matrix that is so many times k wide.
+  const auto at = [&](int row, int width) {
+    return (long long)row0 * (width * p.k) + column + row * width * p.k;
+  };
+
+  const auto* x = static_cast<const Input::Element*>(p.x);
+  const auto* dy = static_cast<const Input::Element*>(p.dy);
+  Input inputs[kRows][kInputs];
+  float weight[kRows];
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    weight[row] = 1;
+    if (!valid(row)) continue;
+    inputs[row][0].load(x + at(row, kInputs > 1 ? 2 : 1));
+    if constexpr (kInputs > 1) inputs[row][1].load(x + at(row, 2) + p.k);
+    if constexpr (kInputs > 2) inputs[row][2].load(dy + at(row, 1));
+    if (kInputs > 1 && p.weights) weight[row] = p.weights[row0 + row];
+  }
+
+  float y[kRows][kOutputs][kVector], sums[kRows];
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) sums[row] = compute(inputs[row], weight[row], y[row]);
+
+  const bool owns_row = lane < kRows && row0 + lane < p.m;
+#pragma unroll
+  for (int output = 0; output < kOutputs; ++output) {
+    float amax[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if constexpr (config.function == kCast) {
+        amax[row] = inputs[row][0].amax();
+      } else {
+        amax[row] = y[row][output][0];
+#pragma unroll
+        for (int i = 1; i < kVector; ++i) amax[row] = larger(amax[row], y[row][output][i]);
+      }
+    }
+    // Of row lane % kRows.
+    const float scale = scale_of<config.e5m2>(reduce_over_16_lanes(amax, larger), p.round_up);
+    const float reciprocal = __frcp_rn(scale);
+    if (owns_row) p.scale[(block + output * p.blocks()) * (long long)p.m + row0 + lane] = scale;
+    unsigned char* data = p.data + output * p.k;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float of_row = __shfl_sync(0xffffffff, reciprocal, row, 16);
+      const uint2 bytes = quantised<config.e5m2>(y[row][output], [&](int) { return of_row; });
+      if (valid(row)) *reinterpret_cast<uint2*>(data + at(row, kOutputs)) = bytes;
+    }
+  }
+  if constexpr (config.function == kGatedBackward) {
+    const float sum = reduce_over_16_lanes(sums, [](float x, float y) { return x + y; });
+    if (owns_row) p.d_weights[(row0 + lane) * (long long)p.blocks() + block] = sum;
+  }
+}
+
+}  // namespace deepgemm::quantize
+
+extern "C" __global__ void __launch_bounds__(deepgemm::quantize::config.threads())
+    kernel(const __grid_constant__ deepgemm::quantize::RowsParams p) {
+  using namespace deepgemm::quantize;
+  deepgemm::wait_for_previous_kernel();
+  deepgemm::let_next_kernel_start();
+  const unsigned warp = (blockIdx.x * config.threads() + threadIdx.x) / 32;
+  const int rows = warp / unsigned(p.blocks()) * config.rows_per_warp();
+  if (rows < p.m) quantise(p, warp % unsigned(p.blocks()), rows + threadIdx.x / 16 % 2 * kRows);
+}

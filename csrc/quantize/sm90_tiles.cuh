@@ -1,0 +1,267 @@
+// data[m, k] = FP8(x[m, k] / scale), and the same for the transposed, by tiles of 128 x 128:
+//
+//   per channel   scale[m / 128, k] = max over the tile's rows |x| / largest
+//   per block     scale[m / 128, k / 128] = max over the tile |x| / largest
+//   both ways     scale[m, k / 128] and data, and t_scale[k, t / 128] and t_data[k, t], t being m
+//
+//                 8 columns
+//   16 rows   thread 0  | 1 | ... | 15      A thread holds 16 rows of 8 columns in registers, so
+//             thread 16 | ...               that x is read once. Each of its columns is 16 bytes of
+//             ...                           the transposed, which go through shared memory to where
+//             thread 112 | ...              they are neighbours.
+//
+// Both ways, rows may belong to groups, one after another. Then each group begins a tile, zeros
+// fill up its last one, and t runs over these; rows of no group are zero.
+#pragma once
+
+#include "quantize/vector.cuh"
+
+namespace deepgemm::quantize {
+
+constexpr TilesConfig config{CONFIG};
+
+constexpr int kRows = 16;  // of a thread
+constexpr int kWarps = config.threads() / 32;
+constexpr int kCtas = config.float32 ? 2 : 4;  // a multiprocessor, with 32 KB of x in flight
+
+__forceinline__ int inclusive_sum(int x) {  // over a warp
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int before = __shfl_up_sync(0xffffffff, x, step);
+    if (threadIdx.x % 32 >= step) x += before;
+  }
+  return x;
+}
+
+// Where the groups are, and which rows of x the tile has that begins at column t0 of the
+// transposed. Each warp finds out for itself.
+struct Groups {
+  int end = 0, t_end = 0;  // of the groups looked at, in x and in the transposed
+  int m0 = 0, rows = 0;
+
+  __forceinline__ Groups(const int* sizes, int groups, int m, int t0) {
+    const int lane = threadIdx.x % 32;
+    for (int first = 0; first < groups; first += 32) {
+      const int size = first + lane < groups ? min(max(sizes[first + lane], 0), m) : 0;
+      const int group_end = min(end + inclusive_sum(size), m);
+      const int before = __shfl_up_sync(0xffffffff, group_end, 1);
+      const int length = group_end - (lane ? before : end);
+      const int t_length = ceil_div(length, kBlock) * kBlock;
+      const int group_t_end = t_end + inclusive_sum(t_length);
+      const int left = group_t_end - t0;  // of the group, from t0 on
+      const bool here = 0 < left && left <= t_length;
+      const int offset = t_length - left;
+      m0 += __reduce_add_sync(0xffffffff, here ? group_end - length + offset : 0);
+      rows += __reduce_add_sync(0xffffffff, here ? min(length - offset, kBlock) : 0);
+      end = __shfl_sync(0xffffffff, group_end, 31);
+      t_end = __shfl_sync(0xffffffff, group_t_end, 31);
+    }
+  }
+};
+
+// Zeros for the rows of no group among 128.
+__forceinline__ void clear(const TilesParams& p, int tile) {
+  const int tiles = ceil_div(p.m, kBlock);
+  const int batch = tile / tiles, m0 = tile % tiles * kBlock;
+  const Groups groups(p.group_sizes + batch * p.groups, p.groups, p.m, 0);
+  const int first = max(m0, groups.end), rows = min(m0 + kBlock, p.m) - first;
+  uint2* data = reinterpret_cast<uint2*>(p.data + ((long long)batch * p.m + first) * p.k);
+  for (int i = threadIdx.x; i < rows * (p.k / kVector); i += config.threads()) data[i] = {};
+  for (int i = threadIdx.x; i < rows * p.tiles_k(); i += config.threads()) {
+    const long long block = (long long)batch * p.tiles_k() + i / rows;
+    p.scale[block * p.m + first + i % rows] = scale_of<config.e5m2>(0, p.round_up);
+  }
+}
+
+struct Shared {
+  float amax[kWarps][kBlock];  // of a warp's rows, each column's
+  float reciprocal[kBlock];    // of a column's scale
+  uint4 columns[kBlock][8];    // of the transposed, 16 bytes of it for each 16 rows of x
+};
+static_assert(sizeof(Shared) == config.smem_bytes());
+
+using Input = Vector<config.float32>;
+
+struct Tile {
+  const TilesParams& p;
+  Shared& shared;
+  int batch, m0, rows, k0;  // of x
+  int t;                    // the tile's number along the transposed
+  int row, column;          // the thread's first, in the tile
+  Input x[kRows];
+
+  // For each of the thread's rows its number, where it begins in an array like x, and whether
+  // there is such a row.
+  template <class Element, class F>
+  __forceinline__ void for_rows(Element* array, F f) {
+    const int valid = k0 + column < p.k ? rows - row : 0;
+    Element* address = array + ((long long)batch * p.m + m0 + row) * p.k + k0 + column;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i, address += p.k) f(i, address, i < valid);
+  }
+
+  __forceinline__ void load() {
+    for_rows(static_cast<const Input::Element*>(p.x), [&](int i, auto address, bool valid) {
+      if (valid) x[i].load(address);
+    });
+  }
+
+  // `reciprocal[j]` is that of the scale of the thread's column j.
+  __forceinline__ void store(const float (&reciprocal)[kVector]) {
+    for_rows(p.data, [&](int i, unsigned char* address, bool valid) {
+      const uint2 bytes = quantised<config.e5m2>(x[i], [&](int j) { return reciprocal[j]; });
+      if (valid) *reinterpret_cast<uint2*>(address) = bytes;
+    });
+  }
+
+  // Of the thread's part of each of its columns.
+  __forceinline__ Input largest_of_columns() const {
+    Input largest = x[0];
+#pragma unroll
+    for (int i = 1; i < kRows; ++i) largest.take_larger(x[i]);
+    return largest;
+  }
+
+  // Writes a scale for each of the tile's columns, `scale` being that of the first, and leaves in
+  // `reciprocal` what the thread divides its own columns by.
+  __forceinline__ void scale_columns(float* scale, float (&reciprocal)[kVector]) {
+    const int warp = threadIdx.x / 32;
+    const Input largest = largest_of_columns();
+    float amax[kVector];
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      amax[j] = larger(largest[j], __shfl_xor_sync(0xffffffff, largest[j], 16));
+    }
+    if (threadIdx.x % 32 < 16) {
+      float4* out = reinterpret_cast<float4*>(&shared.amax[warp][column]);
+      out[0] = {amax[0], amax[1], amax[2], amax[3]};
+      out[1] = {amax[4], amax[5], amax[6], amax[7]};
+    }
+    __syncthreads();
+    const int own = threadIdx.x;
+    float of_all = shared.amax[0][own];
+#pragma unroll
+    for (int i = 1; i < kWarps; ++i) of_all = larger(of_all, shared.amax[i][own]);
+    const float of_column = scale_of<config.e5m2>(of_all, p.round_up);
+    if (k0 + own < p.k) scale[own] = of_column;
+    shared.reciprocal[own] = __frcp_rn(of_column);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) reciprocal[j] = shared.reciprocal[column + j];
+  }
+
+  __forceinline__ void quantise_columns() {
+    float reciprocal[kVector];
+    scale_columns(p.scale + ((long long)batch * p.tiles_m() + t) * p.k + k0, reciprocal);
+    store(reciprocal);
+  }
+
+  __forceinline__ void quantise_block() {
+    float amax = largest_of_columns().amax();
+    amax = larger(amax, __shfl_xor_sync(0xffffffff, amax, 16));
+    const float of_lanes[] = {amax};
+    shared.amax[0][threadIdx.x / 32] = reduce_over_16_lanes(of_lanes, larger);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) amax = larger(amax, shared.amax[0][i]);
+    const float scale = scale_of<config.e5m2>(amax, p.round_up);
+    if (threadIdx.x == 0) {
+      p.scale[((long long)batch * p.tiles_m() + t) * p.tiles_k() + k0 / kBlock] = scale;
+    }
+    const float same = __frcp_rn(scale);
+    store({same, same, same, same, same, same, same, same});
+  }
+
+  // Writes the scales of the thread's rows; lane i of 16 gets the reciprocal of row i's.
+  __forceinline__ float scale_rows() const {
+    float amax[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) amax[i] = x[i].amax();
+    const float scale = scale_of<config.e5m2>(reduce_over_16_lanes(amax, larger), p.round_up);
+    const int own = row + threadIdx.x % 16;
+    if (own < rows)
+      p.scale[((long long)batch * p.tiles_k() + k0 / kBlock) * p.m + m0 + own] = scale;
+    return __frcp_rn(scale);
+  }
+
+  __forceinline__ void quantise_both_ways() {
+    const float of_row = scale_rows();
+    float of_column[kVector];
+    scale_columns(p.t_scale + ((long long)batch * p.tiles_m() + t) * p.k + k0, of_column);
+
+    // x leaves its registers as the columns' bytes need them.
+    uint32_t columns[kVector][kRows / 4];
+    unsigned short pair[kVector];
+    float y[kVector];
+    for_rows(p.data, [&](int i, unsigned char* address, bool valid) {
+      const float same = __shfl_sync(0xffffffff, of_row, i, 16);
+      const uint2 bytes = quantised<config.e5m2>(x[i], [&](int) { return same; });
+      if (valid) *reinterpret_cast<uint2*>(address) = bytes;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        const float above = y[j];
+        y[j] = multiply_flushed(x[i][j], of_column[j]);
+        if (i % 4 == 1) pair[j] = to_fp8<config.e5m2>(above, y[j]);
+        if (i % 4 == 3) columns[j][i / 4] = join(pair[j], to_fp8<config.e5m2>(above, y[j]));
+      }
+    });
+
+    // Where they are in shared memory depends on the column, so that neither the threads of a row
+    // here nor those of a column below meet in a bank.
+    const int unit = row / kRows ^ column / kVector % 8;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      shared.columns[column + j][unit] = {columns[j][0], columns[j][1], columns[j][2],
+                                          columns[j][3]};
+    }
+    __syncthreads();
+    const int t_unit = threadIdx.x % 8;
+    const int t0 = t * kBlock + t_unit * kRows;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int of_x = j * 16 + threadIdx.x / 8;
+      const uint4 bytes = shared.columns[of_x][t_unit ^ of_x / kVector % 8];
+      if (k0 + of_x < p.k && t0 < p.t_rows) {
+        const long long at = ((long long)batch * p.k + k0 + of_x) * p.t_rows + t0;
+        *reinterpret_cast<uint4*>(p.t_data + at) = bytes;
+      }
+    }
+  }
+};
+
+}  // namespace deepgemm::quantize
+
+extern "C" __global__ void __launch_bounds__(deepgemm::quantize::config.threads(),
+                                             deepgemm::quantize::kCtas)
+    kernel(const __grid_constant__ deepgemm::quantize::TilesParams p) {
+  using namespace deepgemm::quantize;
+  extern __shared__ uint4 memory[];
+  deepgemm::wait_for_previous_kernel();
+  deepgemm::let_next_kernel_start();
+  const int tiles = p.tiles();
+  if constexpr (config.tiling == kBothWays) {
+    if (int(blockIdx.x) >= tiles) return clear(p, blockIdx.x - tiles);
+  }
+  Tile tile{p, *reinterpret_cast<Shared*>(memory)};
+  const unsigned along_m = blockIdx.x / unsigned(p.tiles_k());
+  tile.k0 = blockIdx.x % unsigned(p.tiles_k()) * kBlock;
+  tile.batch = along_m / unsigned(p.tiles_m());
+  tile.t = along_m % unsigned(p.tiles_m());
+  tile.m0 = tile.t * kBlock;
+  tile.rows = min(p.m - tile.m0, kBlock);
+  if (config.tiling == kBothWays && p.group_sizes) {
+    const Groups groups(p.group_sizes + tile.batch * p.groups, p.groups, p.m, tile.m0);
+    tile.m0 = groups.m0;
+    tile.rows = groups.rows;
+  }
+  tile.row = threadIdx.x / 16 * kRows;
+  tile.column = threadIdx.x % 16 * kVector;
+  tile.load();
+  if constexpr (config.tiling == kPerChannel) {
+    tile.quantise_columns();
+  } else if constexpr (config.tiling == kPerBlock) {
+    tile.quantise_block();
+  } else {
+    tile.quantise_both_ways();
+  }
+}

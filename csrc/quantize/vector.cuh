@@ -1,0 +1,112 @@
+// What a thread quantises at once: eight neighbours of a row, by a scale that lanes find together.
+#pragma once
+
+#include "device/numbers.cuh"
+#include "quantize/config.h"
+
+namespace deepgemm::quantize {
+
+constexpr int kVector = 8;
+
+// As they lie in memory.
+template <bool float32>
+struct Vector;
+
+template <>
+struct Vector<false> {
+  using Element = unsigned short;  // the bits of a bfloat16
+  uint32_t pairs[4] = {};
+
+  __forceinline__ void load(const Element* address) {
+    const uint4 x = load_once(address);
+    pairs[0] = x.x, pairs[1] = x.y, pairs[2] = x.z, pairs[3] = x.w;
+  }
+  __forceinline__ float operator[](int i) const {
+    return __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000 : pairs[i / 2] << 16);
+  }
+  // Of each two elements the larger one, but for its sign.
+  __forceinline__ void take_larger(const Vector& other) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = larger_bfloat16s(pairs[i], other.pairs[i]);
+  }
+  __forceinline__ float amax() const {
+    const uint32_t pair = larger_bfloat16s(larger_bfloat16s(pairs[0], pairs[1]),
+                                           larger_bfloat16s(pairs[2], pairs[3]));
+    return larger(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+  }
+};
+
+template <>
+struct Vector<true> {
+  using Element = float;
+  float elements[kVector] = {};
+
+  __forceinline__ void load(const Element* address) {
+#pragma unroll
+    for (int i = 0; i < kVector; i += 4) {
+      const uint4 x = load_once(address + i);
+      elements[i] = __uint_as_float(x.x);
+      elements[i + 1] = __uint_as_float(x.y);
+      elements[i + 2] = __uint_as_float(x.z);
+      elements[i + 3] = __uint_as_float(x.w);
+    }
+  }
+  __forceinline__ float operator[](int i) const { return elements[i]; }
+  __forceinline__ void take_larger(const Vector& other) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) elements[i] = larger(elements[i], other.elements[i]);
+  }
+  __forceinline__ float amax() const {
+    float result = elements[0];
+#pragma unroll
+    for (int i = 1; i < kVector; ++i) result = larger(result, elements[i]);
+    return result;
+  }
+};
+
+// Reduces `count` values of each lane, a power of two, over 16 lanes: lane l gets the result of
+// value l % count. Two lanes first share out their values between them, then four, and so on.
+template <int step = 1, class Reduce, int count>
+__forceinline__ float reduce_over_16_lanes(const float (&x)[count], Reduce reduce) {
+  if constexpr (step == 16) {
+    return x[0];
+  } else if constexpr (count == 1) {
+    const float y[] = {reduce(x[0], __shfl_xor_sync(0xffffffff, x[0], step))};
+    return reduce_over_16_lanes<2 * step>(y, reduce);
+  } else {
+    const bool odd = threadIdx.x & step;
+    float y[count / 2];
+#pragma unroll
+    for (int i = 0; i < count / 2; ++i) {
+      const float kept = odd ? x[2 * i + 1] : x[2 * i];
+      const float given = odd ? x[2 * i] : x[2 * i + 1];
+      y[i] = reduce(kept, __shfl_xor_sync(0xffffffff, given, step));
+    }
+    return reduce_over_16_lanes<2 * step>(y, reduce);
+  }
+}
+
+// The scale of a block whose largest magnitude is `amax`, of either sign; NaN if that is not
+// finite. None is less than the least normal number: then its reciprocal is normal too.
+template <bool e5m2>
+__forceinline__ float scale_of(float amax, int round_up) {
+  constexpr float reciprocal = 1.0f / (e5m2 ? 57344.0f : 448.0f);
+  amax = fabsf(amax);
+  float scale = fmaxf(amax * reciprocal, 0x1p-126f);
+  if (round_up) scale = __uint_as_float((__float_as_uint(scale) + 0x7fffff) & 0xff800000);
+  return amax < __int_as_float(0x7f800000) ? scale : __int_as_float(0x7fffffff);
+}
+
+// `x[i]`, each times `reciprocal(i)` of its scale, as bytes.
+template <bool e5m2, class Elements, class Reciprocal>
+__forceinline__ uint2 quantised(const Elements& x, Reciprocal reciprocal) {
+  unsigned short pairs[kVector / 2];
+#pragma unroll
+  for (int i = 0; i < kVector; i += 2) {
+    pairs[i / 2] = to_fp8<e5m2>(multiply_flushed(x[i], reciprocal(i)),
+                                multiply_flushed(x[i + 1], reciprocal(i + 1)));
+  }
+  return {join(pairs[0], pairs[1]), join(pairs[2], pairs[3])};
+}
+
+}  // namespace deepgemm::quantize

@@ -1,0 +1,188 @@
+"""The quantising kernels on a GPU, against NumPy and against plain JAX on a CPU."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from cast_oracles import (
+    FP8,
+    assert_close,
+    assert_same,
+    cast,
+    divide,
+    largest,
+    random_input,
+    scale_of,
+)
+from oracles import put
+
+from deepgemm_jax import fp8_gemm_nt, get_mn_major_tma_aligned_tensor
+from deepgemm_jax.quantize import (
+    per_block_cast_to_fp8,
+    per_channel_cast_to_fp8,
+    per_token_cast_to_fp8,
+    prepare_weight,
+    quantize_transpose,
+    swiglu_quantize,
+    swiglu_quantize_backward,
+)
+
+pytestmark = pytest.mark.gpu
+
+CASTS = {
+    per_token_cast_to_fp8: (1, 128),
+    per_channel_cast_to_fp8: (128, 1),
+    per_block_cast_to_fp8: (128, 128),
+}
+FORMS = [(jnp.bfloat16, FP8[0], "float32"), (jnp.float32, FP8[1], "ue8m0")]
+each_form = pytest.mark.parametrize(("x_dtype", "dtype", "scale_format"), FORMS)
+
+
+def kernel(function, **keywords):
+    return jax.jit(functools.partial(function, implementation="cuda", **keywords))
+
+
+def plain(function, *operands, **keywords):
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.jit(functools.partial(function, **keywords))(*put(operands, "cpu"))
+
+
+def assert_all_same(results, wanted):
+    for result, want in zip(results, wanted, strict=True):
+        assert_same(result, want.data, want.scale)
+
+
+BFLOAT16 = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+SCALES = [1, 2, 0.5, 1 / 448, 1 / 3, 3, 0.1, 7.3e-3, 1e-30, 1e30, 2**-100, 2**60, 5e-7, 11, 1.5, 77]
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+@pytest.mark.parametrize("dtype", FP8)
+def test_every_bfloat16_under_many_scales(dtype, scale_format):
+    """One in each block of 128 gives the scale; the others are all numbers that are no larger."""
+    cast_rows = kernel(per_token_cast_to_fp8, dtype=dtype, scale_format=scale_format)
+    for scale in SCALES:
+        amax = np.float32(scale * largest(dtype)).astype(ml_dtypes.bfloat16)
+        x = np.zeros((2**16 // 64, 128), ml_dtypes.bfloat16)
+        smaller = abs(BFLOAT16.astype(np.float32)) <= amax.astype(np.float32)
+        x[:, :64] = np.where(smaller, BFLOAT16, 0).reshape(-1, 64)
+        x[:, 64] = -amax
+        of_all = scale_of(amax.astype(np.float32), dtype, scale_format == "ue8m0")
+        scales = np.full((len(x), 1), of_all, np.float32)
+        assert_same(cast_rows(x), divide(x.astype(np.float32), scales, dtype), scales)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_every_bfloat16_as_the_largest_of_its_block(dtype):
+    x = np.zeros((2**16, 8), ml_dtypes.bfloat16)
+    x[:, 3] = BFLOAT16
+    for scale_format in ("float32", "ue8m0"):
+        keywords = {"dtype": dtype, "scale_format": scale_format}
+        result = kernel(per_token_cast_to_fp8, **keywords)(x)
+        assert_all_same([result], [plain(per_token_cast_to_fp8, x, **keywords)])
+
+
+@each_form
+@pytest.mark.parametrize("shape", [(304, 392), (8, 8), (1041, 1024)])
+@pytest.mark.parametrize("function", CASTS)
+def test_casts(function, shape, x_dtype, dtype, scale_format):
+    x = random_input(0, shape, x_dtype)
+    x[5, 5], x[1, -1] = np.nan, np.inf
+    result = kernel(function, dtype=dtype, scale_format=scale_format)(x)
+    assert_same(result, *cast(x, CASTS[function], dtype, scale_format == "ue8m0"))
+
+
+@each_form
+@pytest.mark.parametrize("shape", [(304, 392), (16, 8), (1040, 1024)])
+def test_quantize_transpose(shape, x_dtype, dtype, scale_format):
+    x = random_input(0, shape, x_dtype)
+    x[5, 5], x[1, -1] = np.nan, np.inf
+    keywords = {"dtype": dtype, "scale_format": scale_format}
+    results = kernel(quantize_transpose, **keywords)(x)
+    assert_all_same(results, plain(quantize_transpose, x, **keywords))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [0, 0, 0, 0],
+        [128, 128, 44, 0],
+        [1, 1, 1, 297],
+        [2**31 - 1, 2**31 - 1, -(2**31), 5],
+        [100, 0, -3, 77],
+        [3] * 40 + [0] * 30 + [100],
+    ],
+)
+def test_groups(sizes):
+    x, sizes = random_input(1, (304, 392)), np.array(sizes, np.int32)
+    *results, padded = kernel(quantize_transpose)(x, sizes)
+    *wanted, wanted_padded = plain(quantize_transpose, x, sizes)
+    assert_all_same(results, wanted)
+    np.testing.assert_array_equal(padded, wanted_padded)
+
+
+def test_batches():
+    x = random_input(2, (3, 304, 136))
+    for function in CASTS:
+        result = jax.vmap(kernel(function))(x)
+        assert_all_same([result], [plain(jax.vmap(function), x)])
+    sizes = np.array([[3, 200, 5], [0, 0, 0], [304, 1, 1]], np.int32)
+    *results, _ = jax.vmap(kernel(quantize_transpose))(x, sizes)
+    *wanted, _ = plain(jax.vmap(quantize_transpose), x, sizes)
+    assert_all_same(results, wanted)
+
+
+@pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gated(activation, x_dtype):
+    rng = np.random.default_rng(0)
+    m, h = 301, 384
+    x = (rng.normal(size=(m, 2 * h)) * 3).astype(x_dtype)
+    dy = rng.normal(size=(m, h)).astype(x_dtype)
+    weights = rng.random(m).astype(np.float32)
+    for given in ((), (weights,)):
+        y = kernel(swiglu_quantize, activation=activation)(x, *given)
+        assert_close(y, plain(swiglu_quantize, x, *given, activation=activation))
+        dx, dw = kernel(swiglu_quantize_backward, activation=activation)(x, dy, *given)
+        wanted_dx, wanted_dw = plain(swiglu_quantize_backward, x, dy, *given, activation=activation)
+        assert_close(dx, wanted_dx)
+        if given:
+            np.testing.assert_allclose(dw, wanted_dw, rtol=1e-4, atol=1e-4)
+
+
+def test_every_element_is_written():
+    x = put(random_input(3, (272, 136)), "cuda")
+    sizes = put(np.array([100, 30], np.int32), "cuda")
+    quantize = kernel(quantize_transpose).lower(x, sizes).compile()
+    wanted = plain(quantize_transpose, x, sizes)
+    for poison in (np.nan, 1e30):
+        # XLA gives out last what it got back last.
+        blocks = [jnp.full(y.shape, poison, y.dtype) for y in jax.tree.leaves(wanted[:2])]
+        jax.block_until_ready(put(blocks, "cuda"))
+        del blocks
+        assert_all_same(quantize(x, sizes)[:2], wanted[:2])
+
+
+def test_nothing_stands_between_cast_and_gemm():
+    x, w = put([random_input(i, (n, 1024)) for i, n in enumerate((256, 384))], "cuda")
+    b = jax.jit(prepare_weight)(w)
+    cast_and_multiply = jax.jit(lambda x, b: fp8_gemm_nt(per_token_cast_to_fp8(x), b))
+    text = cast_and_multiply.lower(x, b).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    assert len(re.findall(r" custom-call\(", entry)) == 2
+    assert not re.search(r" (copy|transpose|fusion)\(", entry)
+
+
+def test_what_a_cast_writes_is_mn_major_already():
+    x = put(random_input(4, (256, 1024)), "cuda")
+
+    @jax.jit
+    def total(x):
+        return get_mn_major_tma_aligned_tensor(per_token_cast_to_fp8(x).scale).sum()
+
+    text = total.lower(x).compile().as_text()
+    assert not re.search(r" (copy|transpose)\(", text[text.index("ENTRY") :])

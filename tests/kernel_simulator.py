@@ -1,0 +1,68 @@
+"""Kernels whose CTAs are independent, on the host: see tests/simulator."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+
+PROGRAM = """
+#include "simulator.h"
+#include "{source}"
+
+alignas(16) thread_local uint4 memory[1 << 14];  // what a CTA shares
+
+extern "C" void run(const deepgemm::{family}::{params}* params) {{
+  using deepgemm::{family}::config;
+  sim::launch(config.ctas(*params), config.threads(), 1, [=] {{ kernel(*params); }});
+}}
+"""
+
+
+class SimulatedKernel:
+    """One variant of a kernel; `params` is a ctypes.Structure like the kernel's own."""
+
+    def __init__(self, folder: Path, source: str, params: type[ctypes.Structure], config):
+        compiler = shutil.which(os.environ.get("CXX", "c++"))
+        if not compiler:
+            pytest.skip("no C++ compiler")
+        name = "_".join(map(str, (Path(source).stem, *config)))
+        program = PROGRAM.format(
+            source=source, family=Path(source).parent.name, params=params.__name__
+        )
+        (folder / f"{name}.cc").write_text(program)
+        define = ",".join(map(str, config))
+        flags = [f"-I{TESTS / 'simulator'}", f"-I{CSRC}", "-std=c++20", "-O1", "-w"]
+        flags += ["-ffp-contract=off", f"-DCONFIG={define}"]
+        library = folder / f"{name}.so"
+        files = [folder / f"{name}.cc", "-shared", "-fPIC", "-o", library]
+        subprocess.run([compiler, *flags, *files], check=True)
+        self._run = ctypes.CDLL(library).run
+        self._params = params
+
+    def __call__(self, **params) -> None:
+        """Arrays are passed by their address."""
+        values = {
+            name: x.ctypes.data if isinstance(x, np.ndarray) else x for name, x in params.items()
+        }
+        self._run(ctypes.byref(self._params(**values)))
+
+
+def unwritten(shape, dtype) -> np.ndarray:
+    """What no kernel would write by chance, at an address as an allocator of GPUs gives it."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.full(size + 256, 0xA5, np.uint8)
+    first = -raw.ctypes.data % 256
+    return raw[first : first + size].view(dtype).reshape(shape)
+
+
+def aligned(x: np.ndarray) -> np.ndarray:
+    copy = unwritten(x.shape, x.dtype)
+    copy[...] = x
+    return copy
