@@ -6,6 +6,7 @@ side; whatever computes it then writes it so, and nothing is copied. The GEMMs a
 themselves: a scale as it comes from `deepgemm_jax.quantize` is in place already.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from .._core.device import cuda_device
 from ..scaled import BLOCK, PACKED, pack_ue8m0
+from . import op
 
 
 def get_tma_aligned_size(x: int, element_size: int) -> int:
@@ -211,19 +213,23 @@ def transform_sf_into_required_layout(
     return _mn_major(sf if packed else pack_ue8m0(sf))
 
 
-def layout_transpose(x: Any) -> jax.Array:
-    """Interchanges the last two dims, in memory where what takes the result does not mind it.
+def layout_transpose(x: Any, *, implementation: str | None = None) -> jax.Array:
+    """Interchanges the last two dims, in memory too.
 
-    Left to XLA, which makes a transposition part of what computes its operand or takes its result.
+    A kernel of its own. `jnp.swapaxes` is better where XLA can make the transposition part of what
+    computes its operand or takes its result.
 
     Args:
       x: [M, N] or [B, M, N], with elements of 1, 2 or 4 bytes.
+      implementation: "xla" for plain JAX, "cuda" for a kernel, None for whichever there is.
 
     Returns:
       [N, M] or [B, N, M].
 
     Raises:
       TypeError, ValueError: x is not such an array.
+      NotImplementedError: `implementation="cuda"` where there is no kernel, which wants rows and
+        columns of whole 16 bytes.
 
     Example:
 
@@ -236,7 +242,22 @@ def layout_transpose(x: Any) -> jax.Array:
         raise TypeError(f"layout_transpose: x has dtype {x.dtype}, wanted 1, 2 or 4 bytes")
     if x.ndim not in (2, 3):
         raise ValueError(f"layout_transpose: x has shape {x.shape}, wanted 2 or 3 dimensions")
-    return jnp.swapaxes(x, -1, -2)
+    return _transpose(x, implementation)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _transpose(x: jax.Array, implementation: str | None) -> jax.Array:
+    transpose = functools.partial(
+        op.layout_transpose, params=op.TransposeParams(implementation, x.dtype)
+    )
+    return transpose(x) if x.ndim == 2 else jax.vmap(transpose)(x)
+
+
+@_transpose.defjvp
+def _transpose_jvp(implementation, primals, tangents):
+    # What JAX can transpose in its turn.
+    (x,), (tangent,) = primals, tangents
+    return _transpose(x, implementation), jnp.swapaxes(tangent, -1, -2)
 
 
 def _mn_major(sf: jax.Array) -> jax.Array:

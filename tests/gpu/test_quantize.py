@@ -1,4 +1,4 @@
-"""The quantising kernels on a GPU, against NumPy and against plain JAX on a CPU."""
+"""The quantising and transposing kernels on a GPU, against NumPy and against plain JAX on a CPU."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ from cast_oracles import (
 )
 from oracles import put
 
-from deepgemm_jax import fp8_gemm_nt, get_mn_major_tma_aligned_tensor
+from deepgemm_jax import fp8_gemm_nt, get_mn_major_tma_aligned_tensor, layout_transpose
 from deepgemm_jax.quantize import (
     per_block_cast_to_fp8,
     per_channel_cast_to_fp8,
@@ -152,6 +152,14 @@ def test_gated(activation, x_dtype):
         assert_close(dx, wanted_dx)
         if given:
             np.testing.assert_allclose(dw, wanted_dw, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, FP8[1], jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("shape", [(16, 16), (304, 400), (3, 1040, 528)])
+def test_transpose(shape, dtype):
+    x = np.random.default_rng(0).integers(-100, 100, shape).astype(dtype)
+    y = np.asarray(kernel(layout_transpose)(x))
+    np.testing.assert_array_equal(y, np.swapaxes(x, -1, -2))
 
 
 def test_every_element_is_written():

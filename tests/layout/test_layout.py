@@ -144,6 +144,30 @@ def test_transpose(dtype, shape):
     np.testing.assert_array_equal(np.asarray(y), np.swapaxes(x, -1, -2))
 
 
+def test_transpose_is_a_kernel_on_a_gpu():
+    def lower(x, **keywords):
+        traced = jax.jit(functools.partial(layout_transpose, **keywords)).trace(x)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    for dtype, unit in ((jnp.int8, 16), (jnp.bfloat16, 8), (jnp.float32, 4)):
+        x = jnp.zeros((2, unit, 3 * unit), dtype)
+        assert "custom_call @deepgemm_jax_transpose" in lower(x)
+        assert "custom_call" not in lower(x, implementation="xla")
+        assert "custom_call" not in lower(x[..., 1:])
+        with pytest.raises(NotImplementedError, match=f"only for multiples of {unit}"):
+            lower(x[..., 1:], implementation="cuda")
+    with pytest.raises(NotImplementedError, match="no kernel for int4"):
+        lower(jnp.zeros((16, 16), jnp.int4), implementation="cuda")
+
+
+def test_transpose_has_derivatives():
+    x = jnp.arange(12.0).reshape(3, 4)
+    gradient = jax.grad(lambda x: (layout_transpose(x) ** 3).sum())(x)
+    np.testing.assert_allclose(gradient, 3 * x**2)
+    _, tangent = jax.jvp(layout_transpose, (x,), (x,))
+    np.testing.assert_array_equal(tangent, x.T)
+
+
 def test_on_a_mesh(mesh):
     sf = scales(64, 8)
     with mesh(AxisType.Auto):
