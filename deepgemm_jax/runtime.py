@@ -125,6 +125,8 @@ def warmup(*, jobs: int | None = None) -> int:
     """
     from .attention import config as attention
     from .gemm import config as gemm
+    from .layout import config as layout
+    from .quantize import config as quantize
 
     device = cuda_device()
     return _warmup(
@@ -132,6 +134,8 @@ def warmup(*, jobs: int | None = None) -> int:
             gemm.SOURCE: gemm.variants(device),
             attention.LOGITS_SOURCE: attention.logits_variants(device),
             attention.TOPK_SOURCE: attention.TOPK_VARIANTS,
+            layout.SOURCE: layout.variants(),
+            **quantize.variants(),
         },
         jobs,
     )

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from ..runtime import Variant
 
 # What an H200 reaches: tensor cores over a millisecond (TFLOPS) and reads of its memory (GB/s).
@@ -33,7 +31,7 @@ class Case:
     peak: str  # a key of PEAK_TFLOPS
     config: Mapping[str, int]
     variant: Variant
-    error: Callable[[jax.Array], float]  # of the program's result, against float64
+    error: Callable[[Any], float]  # of the program's result, against float64 or plain JAX
     others: Mapping[str, Program]  # measured beside it: a row's field, without "_us", and what
     chain: Callable[[int], Program] | None = None  # so many calls of the op in one program
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import attention, gemm, grouped
+from . import attention, gemm, grouped, quantize
 from .case import Benchmark
 
 CONTIGUOUS = [  # groups, rows of each, n, k
@@ -16,6 +16,7 @@ CONTIGUOUS = [  # groups, rows of each, n, k
     (64, 64, 4096, 7168),
     (256, 16, 4096, 7168),
 ]
+MATRICES = [(32768, 7168), (8192, 4096), (4096, 2048)]  # rows, columns
 
 BENCHMARKS = [
     Benchmark(
@@ -168,5 +169,33 @@ BENCHMARKS = [
             (64, 2, 64, 128, 8192, "float32"),
             (256, 1, 64, 128, 8192, "float32"),
         ],
+    ),
+    *(
+        Benchmark(op=op, case=case, chained=[], shapes=MATRICES)
+        for op, case in [
+            ("per_token_cast_to_fp8", quantize.per_token_cast),
+            ("per_channel_cast_to_fp8", quantize.per_channel_cast),
+            ("per_block_cast_to_fp8", quantize.per_block_cast),
+            ("quantize_transpose", quantize.quantize_transpose),
+        ]
+    ),
+    Benchmark(
+        op="quantize_transpose (grouped)",
+        case=quantize.quantize_transpose_grouped,
+        chained=[],
+        shapes=[(8, m, k) for m, k in MATRICES],  # groups, rows, columns
+    ),
+    *(
+        Benchmark(op=op, case=case, chained=[], shapes=[(m, k // 2) for m, k in MATRICES])
+        for op, case in [
+            ("swiglu_quantize", quantize.swiglu_quantize),
+            ("swiglu_quantize_backward", quantize.swiglu_quantize_backward),
+        ]
+    ),
+    Benchmark(
+        op="layout_transpose",
+        case=quantize.layout_transpose,
+        chained=[],
+        shapes=[(size, m, n) for size in (1, 2, 4) for m, n in MATRICES],  # bytes, rows, columns
     ),
 ]

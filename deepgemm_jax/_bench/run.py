@@ -37,6 +37,7 @@ COLUMNS: dict[str, tuple[int, Callable[[Row], str]]] = {
     "of floor": (8, lambda row: f"{row['floor_us'] / row['us']:.0%}"),
     "DeepGEMM": (8, lambda row: _faster(row, "deepgemm_us")),
     "cuBLASLt": (8, lambda row: _faster(row, "cublaslt_us")),
+    "XLA": (6, lambda row: _faster(row, "xla_us")),
     "XLA bf16": (8, lambda row: _faster(row, "xla_bf16_us")),
     "XLA fp8": (8, lambda row: _faster(row, "xla_fp8_us")),
     "error": (8, lambda row: f"{row['error']:.1e}"),
@@ -95,7 +96,8 @@ def _fields() -> str:
         "total_us, with_quantize_us, xla_*_us: all kernels of the jitted op, of the op with A "
         "quantised in the same jit, and of XLA's own way, timed likewise. error: the largest in a "
         "row over the row's root mean square, against float64 on the dequantised operands, in a "
-        f"sample of rows. chain_us: in one jit of {CHAIN} calls, a call's share of the time from "
+        "sample of rows; of what quantises or transposes the share of elements that are not XLA's. "
+        f"chain_us: in one jit of {CHAIN} calls, a call's share of the time from "
         "the first kernel's start to the last one's end as the profiler tells it, chain_kernel_us "
         "its kernel's time there. compile_ms, cached_ms: one kernel in a fresh "
         "process, with an empty cache and a filled one (up to the cubin, not its loading into the "

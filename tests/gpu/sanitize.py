@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from gemm_forms import FORMS, assert_exact, every_config
 
-from deepgemm_jax import fp8_mqa_logits, indexer_topk
+from deepgemm_jax import fp8_mqa_logits, indexer_topk, layout_transpose, quantize
 from deepgemm_jax._core.device import cuda_device
 from deepgemm_jax.attention.config import logits_variants
 
@@ -28,3 +28,19 @@ for logits_config in logits_variants(cuda_device()):
 for logits_dtype in (jnp.float32, jnp.bfloat16):
     indices = indexer_topk(jnp.zeros((3, 7001), logits_dtype), 999)
     assert (jax.block_until_ready(indices) == jnp.arange(999)).all()
+
+x, sizes = jnp.ones((304, 392), jnp.bfloat16), jnp.array([100, 130, 7])
+gates, dy = jnp.ones((301, 512), jnp.bfloat16), jnp.ones((301, 256), jnp.bfloat16)
+for result in (
+    quantize.per_token_cast_to_fp8(x),
+    quantize.per_channel_cast_to_fp8(x),
+    quantize.per_block_cast_to_fp8(x),
+    *quantize.quantize_transpose(x),
+    quantize.quantize_transpose(x, sizes)[0][:237],
+):
+    assert (result.dequantize() == 1).all()
+jax.block_until_ready(quantize.swiglu_quantize(gates))
+jax.block_until_ready(quantize.swiglu_quantize_backward(gates, dy))
+for dtype in (jnp.int8, jnp.bfloat16, jnp.float32):
+    elements = (jnp.arange(304 * 400) % 100).astype(dtype)
+    assert (layout_transpose(elements.reshape(304, 400)).T.ravel() == elements).all()

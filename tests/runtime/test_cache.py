@@ -14,6 +14,8 @@ from deepgemm_jax import _C, runtime
 from deepgemm_jax._core.device import cuda_device
 from deepgemm_jax.attention import config as attention
 from deepgemm_jax.gemm import config as gemm
+from deepgemm_jax.layout import config as layout
+from deepgemm_jax.quantize import config as quantize
 
 DEVICE = cuda_device()
 SHAPES = [(1, 576, 7168), (128, 7168, 2048), (4096, 4096, 4096)]
@@ -93,7 +95,9 @@ def test_warmup_compiles_every_variant(cache, monkeypatch):
     some = gemm.variants(DEVICE)[::16]  # all of them take a minute
     monkeypatch.setattr(gemm, "variants", lambda device: some)
     monkeypatch.setattr(attention, "logits_variants", lambda device: [])
-    count = len(some) + len(attention.TOPK_VARIANTS)
+    casts = {quantize.ROWS: quantize.variants()[quantize.ROWS][:1]}
+    monkeypatch.setattr(quantize, "variants", lambda: casts)
+    count = len(some) + len(attention.TOPK_VARIANTS) + len(layout.variants()) + 1
     assert deepgemm_jax.warmup(jobs=2) == count
     assert deepgemm_jax.cache_info().entries == count
     assert deepgemm_jax.warmup() == 0
