@@ -20,7 +20,7 @@ def build(name: str, config: Sequence[int], folder: Path) -> ctypes.CDLL:
     library = folder / f"{name}_{'_'.join(map(str, config))}.so"
     subprocess.run(
         [
-            *(compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-w"),
+            *(compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-w", "-Wno-psabi"),
             f"-DCONFIG={','.join(map(str, config))}",
             *(f"-I{TESTS / 'simulator'}", f"-I{TESTS.parent / 'csrc'}"),
             *(TESTS / "simulator" / f"{name}.cc", "-o", library),

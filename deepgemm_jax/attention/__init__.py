@@ -55,13 +55,12 @@ def fp8_mqa_logits(
       ValueError: shapes that do not fit each other or the limits above; a dtype or implementation
         that there is not.
       NotImplementedError: `implementation="cuda"` where there is no kernel, which is also so for
-        more than 128 heads and for a `vmap` over keys; a derivative is asked for. `mqa_logits` has
-        one.
+        more than 128 heads; a derivative is asked for. `mqa_logits` has one.
 
     Under `jax.vmap` a batch of queries with the same keys is one call with more of them, and any
-    other one call for each. On a mesh S, H and the batch may be divided among devices; dividing H
-    costs a psum of float32 parts. T is not: within a `jax.shard_map` that divides it, call this
-    with starts and ends less the first key's number.
+    other one call with keys for each. On a mesh S, H and the batch may be divided among devices;
+    dividing H costs a psum of float32 parts. T is not: within a `jax.shard_map` that divides it,
+    call this with starts and ends less the first key's number.
 
     After `fp8_mqa_logits` of DeepGEMM, whose kernels take fewer shapes.
 
@@ -205,7 +204,7 @@ def fp8_paged_mqa_logits(
       ValueError: shapes that do not fit each other or the limits above; a dtype or implementation
         that there is not.
       NotImplementedError: `implementation="cuda"` where there is no kernel, which is also so for
-        more than 128 heads and for a `vmap` over caches; a derivative is asked for.
+        more than 128 heads; a derivative is asked for.
 
     Under `jax.vmap` a batch that shares one cache is one call with more sequences. On a mesh B, N,
     H and the batch may be divided among devices, the cache not.

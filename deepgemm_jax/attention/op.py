@@ -65,7 +65,7 @@ def _divide_heads(total, params, *operands):
     return [logits.astype(params.logits_dtype)]
 
 
-def _logits_kernel(target, q_dims):
+def _logits_kernel(target):
     def attributes(params, operands, device):
         queries, heads = operands[0].shape[-3:-1]
         config = choose_logits(queries, heads, device)
@@ -78,11 +78,7 @@ def _logits_kernel(target, q_dims):
         }
 
     def refuses(params, operands):
-        q, *_ = operands
-        if q.shape[-2] > MAX_HEADS:
-            return f"more than {MAX_HEADS} heads"
-        # The kernels have code for it, which no GPU has run yet.
-        return "a batch of keys" if q.ndim > q_dims else None
+        return f"more than {MAX_HEADS} heads" if operands[0].shape[-2] > MAX_HEADS else None
 
     return Kernel(target=target, archs=ARCHS, attributes=attributes, refuses=refuses)
 
@@ -94,7 +90,7 @@ fp8_mqa_logits = Op(
     limits={"h": (1, 1)},
     check=lambda params, operands: _check_head_dim("fp8_mqa_logits", operands[0]),
     reference=reference.fp8_mqa_logits,
-    kernel=_logits_kernel("deepgemm_jax_mqa_logits", q_dims=3),
+    kernel=_logits_kernel("deepgemm_jax_mqa_logits"),
     derivative="its operands are quantised. mqa_logits takes them in float and has one",
     batched=True,
     fold=("s",),
@@ -149,7 +145,7 @@ fp8_paged_mqa_logits = Op(
     limits={"n": (1, 1), "h": (1, 1), "blocks": (1, 1), "m": (1, 1)},
     check=_check_paged,
     reference=reference.fp8_paged_mqa_logits,
-    kernel=_logits_kernel("deepgemm_jax_paged_mqa_logits", q_dims=4),
+    kernel=_logits_kernel("deepgemm_jax_paged_mqa_logits"),
     derivative="its operands are quantised, and it is for decoding. mqa_logits has one",
     batched=True,
     fold=("b",),
