@@ -8,9 +8,8 @@ from .._core.device import H200, Device
 
 LOGITS_SOURCE = "attention/sm90_logits.cuh"
 TOPK_SOURCE = "attention/sm90_topk.cuh"
-# To how many heads those of a query are filled up, and how wide a product of few queries may be: as
-# far as an H200 has shown the results to be right.
-FEW_QUERIES = {16: (64,), 32: (128,), 64: (64, 128, 256), 128: ()}
+# To how many heads those of a query are filled up, and how wide a product of few queries may be.
+FEW_QUERIES = {16: (64, 128, 256), 32: (64, 128, 256), 64: (64, 128, 256), 128: (128, 256)}
 MANY_QUERIES = 256
 MAX_HEADS = max(FEW_QUERIES)
 MAX_STAGES = 12  # more than the latency of memory needs
