@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
 #include <map>
@@ -73,7 +74,7 @@ NB_MODULE(_C, m) {
     types["deepgemm_jax_transpose_state"] = type<layout::State>();
     return types;
   });
-  m.def("gemm_smem_bytes", gemm_smem_bytes, nb::arg("config"));
+  m.def("gemm_smem_bytes", gemm_smem_bytes, nb::arg("source"), nb::arg("config"));
   m.def("logits_smem_bytes", logits_smem_bytes, nb::arg("config"));
 
   nb::class_<jit::Compilation>(m, "Compilation")

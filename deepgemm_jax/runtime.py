@@ -131,7 +131,7 @@ def warmup(*, jobs: int | None = None) -> int:
     device = cuda_device()
     return _warmup(
         {
-            gemm.SOURCE: gemm.variants(device),
+            **gemm.by_source(gemm.variants(device)),
             attention.LOGITS_SOURCE: attention.logits_variants(device),
             attention.TOPK_SOURCE: attention.TOPK_VARIANTS,
             layout.SOURCE: layout.variants(),
@@ -164,7 +164,7 @@ def warmup_shapes(
         if m > 0
     ]
     device = cuda_device()
-    return _warmup({gemm.SOURCE: [gemm.choose(problem, device) for problem in problems]}, jobs)
+    return _warmup(gemm.by_source(gemm.choose(problem, device) for problem in problems), jobs)
 
 
 def _warmup(configs: Mapping[str, Iterable[Any]], jobs: int | None) -> int:

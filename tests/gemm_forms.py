@@ -80,6 +80,19 @@ def forms(seed: int = 0) -> Iterator[Form]:
                 (a, scales[0], b, scales[1]),
                 product(left, expected),
             )
+    # The same of few rows, which another kernel may compute.
+    for *batch, m, n in ((1, N), (2, 17, N + 1), (128, N)):
+        a, b = data(*batch, m, K), data(*batch, n, K)
+        a_scale, b_scale = scale(*batch, m, BLOCKS_K), scale(*batch, BLOCKS_N, BLOCKS_K)
+        b64 = double(b) * wide(b_scale, 128)[..., :n, :]
+        yield Form(
+            f"{m} rows",
+            dense.fp8_gemm_nt,
+            dense.GemmParams(),
+            dense.Form("blocks"),
+            (a, a_scale, b, b_scale),
+            product(double(a) * wide(a_scale), b64),
+        )
     # Dense, bfloat16, in every layout.
     for layout in ("nt", "nn", "tn", "tt"):
         a, b = data(M, K, dtype=jnp.bfloat16), data(N, K, dtype=jnp.bfloat16)
@@ -178,9 +191,13 @@ def run(form: Form, dtype: Any, c: np.ndarray | None = None, choose: Callable | 
     """The op's result on a GPU if there is one; with configs from `choose` if it is given."""
     params = dataclasses.replace(form.params, preferred_element_type=jnp.dtype(dtype))
     operands = form.operands if c is None else (*form.operands, c)
+    batched = form.form.groups == "dense" and form.operands[0].ndim == 3
     with mock.patch.object(dense, "choose", choose or dense.choose):
         # A function of its own, lest JAX should take what another config was compiled to.
-        return jax.jit(lambda *x: form.op(*x, params=params))(*operands)
+        def call(*x):
+            return form.op(*x, params=params)
+
+        return jax.jit(jax.vmap(call) if batched else call)(*operands)
 
 
 def every_config(form: Form, dtype: Any, c: np.ndarray | None = None) -> Iterator[tuple[Any, Any]]:

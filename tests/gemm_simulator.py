@@ -1,6 +1,7 @@
-"""The GEMM's kernel on the host: see tests/simulator."""
+"""The GEMM's kernels on the host: see tests/simulator."""
 
 import ctypes
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 from gemm_forms import Form
 from simulator_build import build
 
-from deepgemm_jax.gemm.config import Config
+from deepgemm_jax._core.device import H200
+from deepgemm_jax.gemm.config import AnyConfig, FewRows
 
 SMS = 6  # few, that each has several tiles
 
@@ -35,7 +37,9 @@ class Operands(ctypes.Structure):
     ]
 
 
-def simulate(form: Form, config: Config, folder: Path, c: np.ndarray | None = None) -> np.ndarray:
+def simulate(
+    form: Form, config: AnyConfig, folder: Path, c: np.ndarray | None = None
+) -> np.ndarray:
     """What the kernel makes of the form's operands."""
     operands = Operands(accumulate=c is not None)
     kept = []  # until the kernel has run
@@ -68,6 +72,8 @@ def simulate(form: Form, config: Config, folder: Path, c: np.ndarray | None = No
     spans = np.zeros((form.expected.shape[-2] + 1, 4), np.int32)
     operands.spans = spans.ctypes.data
     edges = memory[:margin].tobytes(), memory[-margin:].tobytes()
-    build("gemm", config.integers, folder).run(ctypes.byref(operands), SMS)
+    name = "few_rows" if isinstance(config, FewRows) else "gemm"
+    num_sms = config.num_sms(dataclasses.replace(H200, num_sms=SMS))
+    build(name, config.integers, folder).run(ctypes.byref(operands), num_sms)
     assert edges == (memory[:margin].tobytes(), memory[-margin:].tobytes())
     return d

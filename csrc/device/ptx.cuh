@@ -104,6 +104,28 @@ __forceinline__ void tma_load(uint32_t shared, const TensorMap* map, uint32_t ba
   }
 }
 
+// Copies one float in the background.
+__forceinline__ void copy_async(uint32_t shared, const float* x) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(x) : "memory");
+}
+
+// Arrives once what this thread copies in the background has landed.
+__forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Loads a box of what is read once: in L2 it takes the place of other such bytes first, and so
+// leaves there what others read again, and what has yet to be written to memory.
+__forceinline__ void tma_load_once(uint32_t shared, const TensorMap* map, uint32_t barrier, int x,
+                                   int y, int z) {
+  constexpr uint64_t evict_first = 0x12F0000000000000;  // as createpolicy encodes it
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(evict_first)
+      : "memory");
+}
+
 __forceinline__ void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z) {
   asm volatile(
       "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
@@ -189,6 +211,14 @@ __forceinline__ void stmatrix(uint32_t shared, uint32_t x0, uint32_t x1, uint32_
                : "memory");
 }
 
+// Of an 8 x 8 matrix of 16-bit elements, lane i holds elements 2 * (i % 4) + {0, 1} of row i / 4
+// and gets those of column i / 4.
+__forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(x));
+  return transposed;
+}
+
 // ---- clusters, dependent launches, registers --------------------------------------------------
 
 // The value of lane 0, which the compiler then knows to be the same in the whole warp.
@@ -202,6 +232,31 @@ __forceinline__ int cluster_rank() {
 
 __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// The two halves of cluster_sync, for what needs no more order than barriers that have been set up.
+__forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where the shared memory of another CTA of the cluster has this address.
+__forceinline__ uint32_t at_cta(uint32_t shared, int cta_rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(cta_rank));
+  return remote;
+}
+
+// Writes into another CTA's shared memory, whose barrier counts the bytes when they are there.
+__forceinline__ void send(uint32_t remote, uint32_t remote_barrier, const float* x) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, "
+      "[%1];" ::"r"(remote),
+      "r"(remote_barrier), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+      : "memory");
 }
 
 // Blocks until the kernels before this one in the stream have finished and their writes are

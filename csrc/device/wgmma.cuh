@@ -66,6 +66,8 @@ __forceinline__ void pin(float (&d)[count]) {
   "+f"(d[8 * c]), "+f"(d[8 * c + 1]), "+f"(d[8 * c + 2]), "+f"(d[8 * c + 3]), "+f"(d[8 * c + 4]), \
       "+f"(d[8 * c + 5]), "+f"(d[8 * c + 6]), "+f"(d[8 * c + 7])
 
+#define DEEPGEMM_R_half "%0, %1, %2, %3"
+#define DEEPGEMM_D_half "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define DEEPGEMM_R_1 DEEPGEMM_R0
 #define DEEPGEMM_D_1 DEEPGEMM_D(0)
 #define DEEPGEMM_R_2 DEEPGEMM_R_1 ", " DEEPGEMM_R1
@@ -110,6 +112,7 @@ __forceinline__ void pin(float (&d)[count]) {
                : "l"(a), "l"(b), "r"(accumulate))
 
 #define DEEPGEMM_WGMMA_WIDTHS(types, majors)             \
+  DEEPGEMM_WGMMA(types, majors, 8, half, 4, 5, 6);       \
   DEEPGEMM_WGMMA(types, majors, 16, 1, 8, 9, 10);        \
   DEEPGEMM_WGMMA(types, majors, 32, 2, 16, 17, 18);      \
   DEEPGEMM_WGMMA(types, majors, 48, 3, 24, 25, 26);      \
@@ -131,7 +134,7 @@ __forceinline__ void pin(float (&d)[count]) {
 template <int columns, int a_type = kE4M3, int b_type = kE4M3, bool a_mn_major = false,
           bool b_mn_major = false>
 __forceinline__ void wgmma(float (&d)[columns / 2], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(columns % 16 == 0 && columns >= 16 && columns <= 256);
+  static_assert(columns == 8 || columns % 16 == 0 && columns >= 16 && columns <= 256);
   static_assert((a_type == kBfloat16) == (b_type == kBfloat16));
   static_assert(a_type == kBfloat16 || !a_mn_major && !b_mn_major);
   if constexpr (a_type == kE4M3 && b_type == kE4M3) {

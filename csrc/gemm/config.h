@@ -1,4 +1,4 @@
-// What one compiled variant of the GEMM is, and what the host hands to it at launch.
+// What one compiled variant of the GEMM's kernels is, and what the host hands to it at launch.
 #pragma once
 
 #include "device/scheduler.cuh"
@@ -25,6 +25,7 @@ enum Groups {
 // How many arrays tell the groups: the id of each row's; their sizes; their starts and ends.
 constexpr int kGroupOperands[] = {0, 1, 1, 2};
 
+// Of sm90.cuh.
 struct Config {
   int block_m;                 // rows of D per CTA: 64 or 128 for each consumer
   int block_n;                 // columns of D per CTA
@@ -61,6 +62,32 @@ struct Config {
   }
 };
 
+// Of sm90_few_rows.cuh.
+struct FewRows {
+  int block_m;         // rows of A per tile: 8 to 128
+  int consumers;       // warpgroups that multiply, 64 columns of D each
+  int stages;          // depth of the ring between the copy engine and the tensor cores
+  int split;           // CTAs of a cluster that divide K
+  int out_float32;     // D is float32, otherwise bfloat16
+  int a_type, b_type;  // Element, of 8 bits
+
+  static constexpr int scales = kBlocks, groups = kDense;
+
+  constexpr int cluster() const { return split; }
+  constexpr int threads() const { return (consumers + 1) * 128; }
+  constexpr int block_n() const { return 64 * consumers; }
+  constexpr int a_bytes() const { return block_m * kRowBytes; }
+  constexpr int b_bytes() const { return block_n() * kRowBytes; }
+  constexpr int scale_bytes() const { return (block_m + 4) * 4; }  // B's: one for each consumer
+  // Sums travel between CTAs in chunks of eight rows of A. So many belong to one CTA, which adds
+  // them up and stores them.
+  constexpr int owned() const { return ceil_div(block_m / 8, split); }
+  constexpr int chunk_bytes() const { return 8 * block_n() * 4; }
+  constexpr int received_bytes() const { return (split - 1) * owned() * chunk_bytes(); }
+  constexpr int stage_bytes() const { return a_bytes() + b_bytes() + scale_bytes(); }
+  constexpr int smem_bytes() const { return received_bytes() + stages * (stage_bytes() + 16) + 16; }
+};
+
 // Rows (kContiguous) or elements along K (kAlongK) of one group.
 struct alignas(16) Span {
   int start, end;
@@ -72,7 +99,7 @@ constexpr int kRunsThreads = 1024;  // of the kernel that finds the spans of row
 
 struct Params {
   TensorMap a, b;
-  TensorMap store;           // D in boxes of 16 rows, if `store_staged`
+  TensorMap store;           // sm90.cuh: D in boxes of 16 rows, if `copy_engine`
   const float* a_scale;      // kBlocks, kChannels: [batch, ceil(k / 128), m]. kRows: [batch, m]
   const float* b_scale;      // kBlocks: [batch, ceil(n / 128), ceil(k / 128)]. Others as A's, of n
   void* d;                   // [batch, m, n]

@@ -2,6 +2,7 @@
 
 #include <exception>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 
@@ -14,13 +15,20 @@ namespace deepgemm {
 
 ffi::TypeId GemmState::id = {};
 
-int gemm_smem_bytes(const std::vector<int>& config) {
-  return jit::config_from<gemm::Config>(config).smem_bytes();
-}
-
 namespace {
 
-using gemm::Config;
+using AnyConfig = decltype(GemmState::config);
+
+template <class Ints>
+AnyConfig config_of(std::string_view source, const Ints& ints) {
+  if (source == "gemm/sm90.cuh") return jit::config_from<gemm::Config>(ints);
+  if (source == "gemm/sm90_few_rows.cuh") return jit::config_from<gemm::FewRows>(ints);
+  throw std::runtime_error("There is no kernel " + std::string(source) + ".");
+}
+
+int smem_bytes(const AnyConfig& config) {
+  return std::visit([](const auto& c) { return c.smem_bytes(); }, config);
+}
 
 template <class F>
 ffi::Error guarded(F f) {
@@ -32,16 +40,17 @@ ffi::Error guarded(F f) {
   }
 }
 
-ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(ffi::Span<const int64_t> config,
+ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(std::string_view source,
+                                                     ffi::Span<const int64_t> config,
                                                      std::string_view arch, int64_t num_sms) {
   std::unique_ptr<GemmState> state;
   const ffi::Error error = guarded([&] {
-    const auto parsed = jit::config_from<Config>(config);
+    const AnyConfig parsed = config_of(source, config);
     const auto& kernel =
-        jit::Kernel::get({"gemm/sm90.cuh", {config.begin(), config.end()}, std::string(arch)});
-    const auto* runs = parsed.groups == gemm::kContiguous
-                           ? &jit::Kernel::get({"gemm/runs.cuh", {}, std::string(arch)})
-                           : nullptr;
+        jit::Kernel::get({std::string(source), {config.begin(), config.end()}, std::string(arch)});
+    const bool finds = std::visit([](auto& c) { return c.groups == gemm::kContiguous; }, parsed);
+    const auto* runs =
+        finds ? &jit::Kernel::get({"gemm/runs.cuh", {}, std::string(arch)}) : nullptr;
     state.reset(new GemmState{parsed, static_cast<int>(num_sms), kernel, runs});
   });
   if (error.failure()) return ffi::Unexpected(error);
@@ -50,7 +59,7 @@ ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(ffi::Span<const int64_t> co
 
 ffi::Error initialize(GemmState* state) {
   return guarded([&] {
-    state->kernel.prepare(state->config.smem_bytes());
+    state->kernel.prepare(smem_bytes(state->config));
     if (state->runs) state->runs->prepare(0);
   });
 }
@@ -64,50 +73,67 @@ gemm::Matrix matrix(const ffi::AnyBuffer& x) {
   return {x.untyped_data(), dims.size() == 3 ? length(3) : 1, length(2), length(1)};
 }
 
-// The operands are A and its scale, B and its scale, what tells the groups, and C, which lies in
-// D's place; without those that the config has no use for.
+// A and its scale, B and its scale, what tells the groups, and C, which lies in D's place; without
+// those that the kernel has no use for.
+gemm::Operands operands_of(const ffi::RemainingArgs& args, ffi::RemainingRets& results, int scales,
+                           int groups) {
+  size_t number = 0;
+  const auto next = [&] { return args.get<ffi::AnyBuffer>(number++).value(); };
+  gemm::Operands x = {};
+  x.a = matrix(next());
+  if (scales != gemm::kNoScales) x.a_scale = next().typed_data<float>();
+  x.b = matrix(next());
+  if (scales != gemm::kNoScales) x.b_scale = next().typed_data<float>();
+  for (int i = 0; i < gemm::kGroupOperands[groups]; ++i) x.groups[i] = next().typed_data<int>();
+  x.accumulate = number < args.size();
+  x.d = matrix(*results.get<ffi::AnyBuffer>(0).value());
+  if (groups == gemm::kContiguous) {
+    auto* spans = results.get<ffi::AnyBuffer>(1).value()->untyped_data();
+    x.spans = static_cast<gemm::Span*>(spans);
+  }
+  return x;
+}
+
+template <class Config>
+void launch(const Config& config, const GemmState& state, jit::CUstream stream,
+            gemm::Operands operands) {
+  auto [params, clusters] = gemm::plan(config, state.num_sms, operands);
+  if (state.runs) {
+    void* runs_args[] = {&operands.groups[0], &params.m, &params.num_groups, &params.spans};
+    state.runs->launch({stream, 1, gemm::kRunsThreads, 1, 0, /*pdl=*/true}, runs_args);
+  }
+  void* kernel_args[] = {&params};
+  state.kernel.launch(
+      {stream, static_cast<unsigned>(clusters * config.cluster()),
+       static_cast<unsigned>(config.threads()), static_cast<unsigned>(config.cluster()),
+       static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
+      kernel_args);
+}
+
 ffi::Error execute(jit::CUstream stream, GemmState* state, ffi::RemainingArgs args,
                    ffi::RemainingRets results) {
   return guarded([&] {
-    const Config& config = state->config;
-    size_t number = 0;
-    const auto next = [&] { return args.get<ffi::AnyBuffer>(number++).value(); };
-    gemm::Operands operands = {};
-    operands.a = matrix(next());
-    if (config.scales != gemm::kNoScales) operands.a_scale = next().typed_data<float>();
-    operands.b = matrix(next());
-    if (config.scales != gemm::kNoScales) operands.b_scale = next().typed_data<float>();
-    for (int i = 0; i < gemm::kGroupOperands[config.groups]; ++i) {
-      operands.groups[i] = next().typed_data<int>();
-    }
-    operands.accumulate = number < args.size();
-    operands.d = matrix(*results.get<ffi::AnyBuffer>(0).value());
-    if (state->runs) {
-      auto* spans = results.get<ffi::AnyBuffer>(1).value()->untyped_data();
-      operands.spans = static_cast<gemm::Span*>(spans);
-    }
-
-    auto [params, clusters] = gemm::plan(config, state->num_sms, operands);
-    if (state->runs) {
-      void* runs_args[] = {&operands.groups[0], &params.m, &params.num_groups, &params.spans};
-      state->runs->launch({stream, 1, gemm::kRunsThreads, 1, 0, /*pdl=*/true}, runs_args);
-    }
-    void* kernel_args[] = {&params};
-    state->kernel.launch(
-        {stream, static_cast<unsigned>(clusters * config.cluster()),
-         static_cast<unsigned>(config.threads()), static_cast<unsigned>(config.cluster()),
-         static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
-        kernel_args);
+    std::visit(
+        [&](const auto& config) {
+          launch(config, *state, stream, operands_of(args, results, config.scales, config.groups));
+        },
+        state->config);
   });
 }
 
 }  // namespace
+
+int gemm_smem_bytes(std::string_view source, const std::vector<int>& config) {
+  return smem_bytes(config_of(source, config));
+}
+
 }  // namespace deepgemm
 
 using deepgemm::GemmState;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GemmInstantiate, deepgemm::instantiate,
                               ffi::Ffi::BindInstantiate()
+                                  .Attr<std::string_view>("source")
                                   .Attr<ffi::Span<const int64_t>>("config")
                                   .Attr<std::string_view>("arch")
                                   .Attr<int64_t>("num_sms"));

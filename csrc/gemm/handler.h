@@ -1,6 +1,8 @@
 // XLA's entry points to the dense GEMM.
 #pragma once
 
+#include <string_view>
+#include <variant>
 #include <vector>
 
 #include "gemm/config.h"
@@ -12,13 +14,13 @@ namespace deepgemm {
 // One for each call site, shared by the devices that execute it.
 struct GemmState {
   static xla::ffi::TypeId id;
-  gemm::Config config;
+  std::variant<gemm::Config, gemm::FewRows> config;
   int num_sms;  // that the kernel may fill
   const jit::Kernel& kernel;
   const jit::Kernel* runs;  // finds the groups first, where there are any among the rows
 };
 
-int gemm_smem_bytes(const std::vector<int>& config);
+int gemm_smem_bytes(std::string_view source, const std::vector<int>& config);
 
 }  // namespace deepgemm
 

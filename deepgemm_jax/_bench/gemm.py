@@ -11,7 +11,6 @@ import numpy as np
 
 from .. import gemm
 from .._core.device import cuda_device
-from ..gemm.config import SOURCE
 from ..quantize import per_row_cast_to_fp8, per_token_cast_to_fp8, prepare_weight
 from ..runtime import Variant
 from ..scaled import BLOCK, ScaledArray
@@ -100,7 +99,7 @@ def case(
         bytes=moved,
         peak=peak,
         config=vars(found.config),
-        variant=Variant(SOURCE, found.config.integers, cuda_device().arch),
+        variant=Variant(found.config.source, found.config.integers, cuda_device().arch),
         error=error,
         others=others or {},
         chain=chain,

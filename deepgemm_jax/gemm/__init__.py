@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._core.op import Op
 from ..scaled import BLOCK, ScaledArray, unpack
 from . import op
-from .config import Config
+from .config import AnyConfig
 from .explain import explain
 from .layouts import transposed
 
@@ -43,7 +43,7 @@ def fp8_gemm_nt(
     *,
     preferred_element_type: Any = jnp.bfloat16,
     recipe: tuple[int, int, int] | None = None,
-    config: Config | None = None,
+    config: AnyConfig | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Multiplies two scaled FP8 matrices, the second one transposed.
@@ -228,7 +228,7 @@ def bf16_gemm_nt(
     c: Any = None,
     *,
     preferred_element_type: Any = jnp.bfloat16,
-    config: Config | None = None,
+    config: AnyConfig | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Multiplies two bfloat16 matrices, the second one transposed.

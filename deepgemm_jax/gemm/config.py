@@ -4,15 +4,14 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from .. import _C
 from .._core.device import H200, Device
 
-SOURCE = "gemm/sm90.cuh"
 MAX_STAGES = 12  # more than the latency of memory needs
 ROW_BYTES = 128  # of an operand's tile, along the dim that is contiguous
 
@@ -62,8 +61,56 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class AnyConfig:
+    """What the configs of both kernels have in common."""
+
+    source: ClassVar[str]
+
+    @property
+    def integers(self) -> tuple[int, ...]:
+        return tuple(vars(self).values())
+
+    @property
+    def smem_bytes(self) -> int:
+        return _C.gemm_smem_bytes(self.source, self.integers)
+
+    def num_sms(self, device: Device) -> int:
+        """The multiprocessors that its clusters may fill."""
+        return device.num_sms
+
+    def validate(self, problem: Problem, device: Device) -> None:
+        """Raises a ValueError that says what does not fit."""
+        for holds, rule in self._rules(problem, device):
+            if not holds:
+                raise ValueError(f"config is {self}, wanted {rule}")
+
+    def fits(self, problem: Problem, device: Device) -> bool:
+        return all(holds for holds, _ in self._rules(problem, device))
+
+    def _rules(self, problem: Problem, device: Device) -> Iterator[tuple[bool, str]]:
+        # Each may rely on those before it: the extension divides by these integers.
+        yield from self._shape(device)
+        yield from self._form(problem)
+        smem = self.smem_bytes
+        yield (
+            smem <= device.smem_bytes,
+            f"at most {device.smem_bytes} bytes of shared memory, not {smem}",
+        )
+
+    def _shape(self, device: Device) -> Iterator[tuple[bool, str]]:
+        raise NotImplementedError
+
+    def _form(self, problem: Problem) -> Iterator[tuple[bool, str]]:
+        for name, value in problem.variant.items():
+            if hasattr(self, name):
+                yield getattr(self, name) == value, f"{name}={value}, as the operands have it"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(AnyConfig):
     """One variant of the kernel: see ``csrc/gemm/config.h``, which lists the same integers."""
+
+    source: ClassVar[str] = "gemm/sm90.cuh"
 
     block_m: int
     block_n: int
@@ -80,31 +127,21 @@ class Config:
     groups: int
 
     @property
-    def integers(self) -> tuple[int, ...]:
-        return tuple(vars(self).values())
+    def _waves(self) -> float:
+        return self.block_m / (64 * self.consumers)
 
-    def validate(self, problem: Problem, device: Device) -> None:
-        """Raises a ValueError that says what does not fit."""
-        for holds, rule in self._rules(problem, device):
-            if not holds:
-                raise ValueError(f"config is {self}, wanted {rule}")
-
-    def fits(self, problem: Problem, device: Device) -> bool:
-        return all(holds for holds, _ in self._rules(problem, device))
-
-    def _rules(self, problem: Problem, device: Device) -> Iterator[tuple[bool, str]]:
-        # Each may rely on those before it: the extension divides by these integers.
+    def _shape(self, device: Device) -> Iterator[tuple[bool, str]]:
         yield self.consumers in (1, 2, 3), "1 to 3 consumers"
-        waves = self.block_m / (64 * self.consumers)
-        yield waves in (1, 2), "block_m = 64 or 128 for each consumer"
+        yield self._waves in (1, 2), "block_m = 64 or 128 for each consumer"
         yield self.block_n in range(16, 257, 16), "block_n a multiple of 16, at most 256"
         cluster = sorted((self.cluster_m, self.cluster_n))
         yield cluster in ([1, 1], [1, 2]), "a cluster of one CTA or two"
         yield 2 <= self.stages <= MAX_STAGES, f"2 to {MAX_STAGES} stages"
-        for name, value in problem.variant.items():
-            yield getattr(self, name) == value, f"{name}={value}, as the operands have it"
+
+    def _form(self, problem: Problem) -> Iterator[tuple[bool, str]]:
+        yield from super()._form(problem)
         if problem.scales in ("channels", "rows"):
-            yield waves == 1, "block_m = 64 for each consumer with a scale for each column"
+            yield self._waves == 1, "block_m = 64 for each consumer with a scale for each column"
             yield self.block_n % 64 == 0, "block_n a multiple of 64 with a scale for each column"
         for part, mn_major in (
             (self.block_m // self.cluster_n, problem.a_mn_major),
@@ -113,14 +150,41 @@ class Config:
             yield not mn_major or part % 64 == 0, "loads of whole 64 rows where K is not contiguous"
         # Sums and one product of FP8 for each thread, and what addresses and scales take.
         products = 0 if problem.scales == "none" else 1
-        registers = int((waves + products) * self.block_n / 2 + 24)
+        registers = int((self._waves + products) * self.block_n / 2 + 24)
         available = {1: 255, 2: 232, 3: 160}[self.consumers]
         yield registers <= available, f"at most {available} registers a thread, not {registers}"
-        smem = _C.gemm_smem_bytes(self.integers)
-        yield (
-            smem <= device.smem_bytes,
-            f"at most {device.smem_bytes} bytes of shared memory, not {smem}",
-        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FewRows(AnyConfig):
+    """One variant of the kernel for few rows: see ``csrc/gemm/config.h`` too."""
+
+    source: ClassVar[str] = "gemm/sm90_few_rows.cuh"
+
+    block_m: int
+    consumers: int
+    stages: int
+    split: int
+    out_float32: int
+    a_type: int
+    b_type: int
+
+    def num_sms(self, device: Device) -> int:
+        # Clusters do not cross the borders of the chip's parts, which leaves some of it idle.
+        whole = device.num_sms if self.split <= 2 else device.num_sms * 10 // 11
+        return max(whole // self.split, 1) * self.split
+
+    def _shape(self, device: Device) -> Iterator[tuple[bool, str]]:
+        yield self.block_m in (8, 16, 32, 64, 128), "block_m = 8, 16, 32, 64 or 128"
+        yield self.consumers in (1, 2), "1 or 2 consumers"
+        most = min(8, device.num_sms)
+        yield self.split in range(1, most + 1), f"K divided among 1 to {most} CTAs"
+        yield 2 <= self.stages <= MAX_STAGES, f"2 to {MAX_STAGES} stages"
+
+    def _form(self, problem: Problem) -> Iterator[tuple[bool, str]]:
+        form = problem.scales, problem.groups
+        yield form == ("blocks", "dense"), "a dense GEMM with scales of blocks"
+        yield from super()._form(problem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +222,25 @@ BF16_TILES = (
     Tile(64, 64, 1, 1, 1, 0.180, 0.8),
 )
 CHANNELS = 1.35  # times a block's cost, if there is a scale for each column
-LAUNCH_US = 2.0
+LAUNCH_US = 4.2  # until the first bytes are there
 BYTES_PER_US = 4.5e6  # of device memory
+
+# Of the kernel for few rows: rows of A in a tile, and then consumers and the CTAs that divide K.
+FEW_ROWS = (8, 64, 128)
+SPLITS = ((1, 1), (1, 2), (1, 8), (2, 1), (2, 2), (2, 4))
+# On an H200 it reads so many bytes of B, which it has replace each other in L2; one multiprocessor
+# takes in so many, and exchanges so many in its cluster; exchanging at all, and an element's store.
+B_PER_US = 3.6e6
+IN_PER_US = 71e3
+EXCHANGED_PER_US = 37e3
+EXCHANGE_US = 0.3
+STORE_US = 1.1e-4
+
+
+def _deepest(config: Callable[[int], Any], device: Device) -> Any:
+    """The config with as many stages as fit."""
+    none, one = (config(stages).smem_bytes for stages in (0, 1))
+    return config(min(MAX_STAGES, (device.smem_bytes - none) // (one - none)))
 
 
 def _configs(problem: Problem, device: Device) -> Iterator[tuple[Tile, Config]]:
@@ -170,10 +251,32 @@ def _configs(problem: Problem, device: Device) -> Iterator[tuple[Tile, Config]]:
         def config(stages: int) -> Config:
             return Config(block_m, block_n, stages, *others, **problem.variant)  # noqa: B023
 
-        none, one = (_C.gemm_smem_bytes(config(s).integers) for s in (0, 1))
-        deepest = config(min(MAX_STAGES, (device.smem_bytes - none) // (one - none)))
+        deepest = _deepest(config, device)
         if deepest.fits(problem, device):
             yield tile, deepest
+
+
+def _few_rows(problem: Problem, device: Device) -> Iterator[FewRows]:
+    if (problem.scales, problem.groups) != ("blocks", "dense") or problem.m > max(FEW_ROWS):
+        return
+    form = {name: problem.variant[name] for name in ("out_float32", "a_type", "b_type")}
+    for block_m, (consumers, split) in itertools.product(FEW_ROWS, SPLITS):
+
+        def config(stages: int) -> FewRows:
+            return FewRows(block_m, consumers, stages, split, **form)  # noqa: B023
+
+        deepest = _deepest(config, device)
+        if deepest.fits(problem, device):
+            yield deepest
+
+
+def _moved_bytes(problem: Problem) -> int:
+    out = 4 if problem.out_float32 else 2
+    row_bytes = math.ceil(problem.k / problem.block_k) * ROW_BYTES
+    return problem.batch * (
+        (problem.m + problem.n) * row_bytes
+        + problem.m * problem.n * out * (2 if problem.accumulate else 1)
+    )
 
 
 def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
@@ -187,35 +290,50 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     rounds = math.ceil(clusters / (device.num_sms // cluster))
     blocks = math.ceil(problem.k / problem.block_k)
     block_us = tile.block_us * (CHANNELS if problem.scales == "channels" else 1)
-    out = 4 if problem.out_float32 else 2
-    moved = problem.batch * (
-        (problem.m + problem.n) * blocks * ROW_BYTES
-        + problem.m * problem.n * out * (2 if problem.accumulate else 1)
-    )
     busy_us = rounds * (blocks * block_us + tile.store_us)
-    return (LAUNCH_US + max(busy_us, moved / BYTES_PER_US)) * 1e-6
+    return (LAUNCH_US + max(busy_us, _moved_bytes(problem) / BYTES_PER_US)) * 1e-6
 
 
-def candidates(problem: Problem, device: Device) -> list[tuple[Config, float]]:
+def _few_rows_seconds(problem: Problem, config: FewRows, device: Device) -> float:
+    """Loads, of memory or of one multiprocessor, whichever takes longer; then the exchange of sums
+    and the store, for each tile."""
+    rows, columns = config.block_m, 64 * config.consumers
+    tiles = problem.batch * math.ceil(problem.m / rows) * math.ceil(problem.n / columns)
+    rounds = math.ceil(tiles / (config.num_sms(device) // config.split))
+    blocks = math.ceil(math.ceil(problem.k / problem.block_k) / config.split)
+    memory_us = _moved_bytes(problem) / B_PER_US
+    load_us = rounds * blocks * (rows + columns) * ROW_BYTES / IN_PER_US
+    exchanged = (config.split - 1) / config.split * rows * columns * 4
+    exchange_us = (config.split > 1) * EXCHANGE_US + rounds * exchanged / EXCHANGED_PER_US
+    # Neither hides the other wholly when they are nearly alike.
+    loads_us = (memory_us**5 + load_us**5) ** 0.2
+    return (LAUNCH_US + loads_us + exchange_us + rounds * rows * columns * STORE_US) * 1e-6
+
+
+def candidates(problem: Problem, device: Device) -> list[tuple[AnyConfig, float]]:
     """All configs for a problem with their predicted seconds, the best first.
 
     Of those that cost the same, tiles of fewer elements come first: they waste less at the edges.
     """
-    costs = [
+    costs: list[tuple[float, int, AnyConfig]] = [
         (_seconds(problem, tile, device), tile.block_m * tile.block_n, config)
         for tile, config in _configs(problem, device)
+    ]
+    costs += [
+        (_few_rows_seconds(problem, config, device), config.block_m * config.consumers * 64, config)
+        for config in _few_rows(problem, device)
     ]
     costs.sort(key=lambda cost: cost[:2])
     return [(config, seconds) for seconds, _, config in costs]
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, device: Device) -> Config:
+def choose(problem: Problem, device: Device) -> AnyConfig:
     """The config with the least predicted time."""
     return candidates(problem, device)[0][0]
 
 
-def variants(device: Device = H200) -> list[Config]:
+def variants(device: Device = H200) -> list[AnyConfig]:
     """Every config that `choose` may return for FP8 in e4m3 and for bfloat16."""
     sizes: dict[str, Any] = {"m": 1, "n": 1, "k": 1, "batch": 1, "accumulate": False}
     forms: list[tuple[dict[str, Any], Sequence[str]]] = [
@@ -243,5 +361,14 @@ def variants(device: Device = H200) -> list[Config]:
         config
         for form, groups in forms
         for dtype, group in itertools.product((jnp.bfloat16, jnp.float32), groups)
-        for _, config in _configs(Problem(out_dtype=dtype, groups=group, **sizes, **form), device)
+        for config, _ in candidates(Problem(out_dtype=dtype, groups=group, **sizes, **form), device)
     ]
+
+
+def by_source(configs: Iterable[AnyConfig]) -> dict[str, list[AnyConfig]]:
+    """Of each kernel those that are its variants."""
+    configs = list(configs)
+    return {
+        kernel.source: [config for config in configs if isinstance(config, kernel)]
+        for kernel in (Config, FewRows)
+    }

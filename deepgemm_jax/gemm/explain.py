@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from .._core.device import Device
-from .config import Config, Problem, candidates
+from .config import AnyConfig, Problem, candidates
 
 _listener: contextvars.ContextVar[list | None] = contextvars.ContextVar("explain", default=None)
 
@@ -20,8 +20,8 @@ class Explanation:
     the cost model predicts."""
 
     problem: Problem
-    config: Config
-    candidates: list[tuple[Config, float]]
+    config: AnyConfig
+    candidates: list[tuple[AnyConfig, float]]
 
     def __str__(self) -> str:
         lines = [str(self.problem)]
@@ -61,7 +61,7 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
     return found
 
 
-def tell(problem: Problem, config: Config, device: Device) -> None:
+def tell(problem: Problem, config: AnyConfig, device: Device) -> None:
     """Lets who asked to explain know of a config that was taken."""
     found = _listener.get()
     if found is not None:

@@ -11,14 +11,14 @@ import numpy as np
 from .._core.device import ARCHS, Device, cuda_device
 from .._core.op import Kernel, Op, Params
 from . import reference
-from .config import ELEMENTS, Config, Problem, choose
+from .config import ELEMENTS, AnyConfig, Problem, choose
 from .explain import tell
 
 
 @dataclasses.dataclass(frozen=True)
 class GemmParams(Params):
     preferred_element_type: Any = jnp.bfloat16
-    config: Config | None = None
+    config: AnyConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Form:
             groups=self.groups,
         )
 
-    def config(self, params: Any, operands: Sequence[Any], device: Device) -> Config:
+    def config(self, params: Any, operands: Sequence[Any], device: Device) -> AnyConfig:
         """The config of a call; ValueError if the one given does not fit."""
         problem = self.problem(params, operands)
         config = getattr(params, "config", None)
@@ -75,9 +75,10 @@ class Form:
             config = self.config(params, operands, device)
             tell(self.problem(params, operands), config, device)
             return {
+                "source": config.source,
                 "config": np.array(config.integers, np.int64),
                 "arch": device.arch,
-                "num_sms": np.int64(device.num_sms),
+                "num_sms": np.int64(config.num_sms(device)),
             }
 
         return Kernel(

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deepgemm_jax import _C, bf16_gemm_nt, explain
+from deepgemm_jax import bf16_gemm_nt, explain
 from deepgemm_jax._core.device import H200
-from deepgemm_jax.gemm.config import MAX_STAGES, Problem, candidates, choose, variants
+from deepgemm_jax.gemm.config import MAX_STAGES, FewRows, Problem, candidates, choose, variants
 
 PROBLEM = Problem(m=130, n=200, k=400, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
 VARIANTS = set(variants())
@@ -30,10 +30,6 @@ GROUPED = [
     BF16[0] | {"groups": "masked"},
     BF16[3] | {"groups": "along_k"},
 ]
-
-
-def smem_bytes(config) -> int:
-    return _C.gemm_smem_bytes(config.integers)
 
 
 def random_problem(rng: random.Random) -> Problem:
@@ -67,9 +63,10 @@ def test_choice():
         config = choose(problem, device)
         assert config == found[0][0]
         config.validate(problem, device)
-        assert smem_bytes(config) <= device.smem_bytes
+        assert config.smem_bytes <= device.smem_bytes
+        assert config.num_sms(device) <= device.num_sms
         deeper = dataclasses.replace(config, stages=config.stages + 1)
-        assert config.stages == MAX_STAGES or smem_bytes(deeper) > device.smem_bytes
+        assert config.stages == MAX_STAGES or deeper.smem_bytes > device.smem_bytes
         assert config in VARIANTS, "warm-up would not compile it"
 
 
@@ -97,6 +94,30 @@ def test_choice():
 def test_config_that_does_not_fit(change, wanted):
     config = dataclasses.replace(choose(PROBLEM, H200), block_m=128, block_n=64, consumers=2)
     config = dataclasses.replace(config, stages=4, cluster_m=1, cluster_n=1)
+    assert_refused(config, change, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"block_m": 24}, "block_m = 8, 16, 32, 64 or 128"),
+        ({"consumers": 3}, "1 or 2 consumers"),
+        ({"split": 0}, "K divided among 1 to 8 CTAs"),
+        ({"split": 9}, "K divided among 1 to 8 CTAs"),
+        ({"stages": 1}, "2 to 12 stages"),
+        ({"stages": 10}, "at most 232448 bytes of shared memory, not "),
+        ({"a_type": 1}, "a_type=0, as the operands have it"),
+    ],
+    ids=str,
+)
+def test_config_for_few_rows_that_does_not_fit(change, wanted):
+    config = FewRows(64, consumers=2, stages=8, split=2, out_float32=0, a_type=0, b_type=0)
+    assert_refused(config, change, wanted)
+    with pytest.raises(ValueError, match="a dense GEMM with scales of blocks"):
+        config.validate(dataclasses.replace(PROBLEM, groups="masked"), H200)
+
+
+def assert_refused(config, change, wanted):
     config.validate(PROBLEM, H200)
     config = dataclasses.replace(config, **change)
     with pytest.raises(ValueError, match="^config is ") as raised:

@@ -1,4 +1,4 @@
-"""The kernel itself on the host, where there is no GPU: exact on integers, in each of its forms."""
+"""The kernels themselves on the host, where there is no GPU: exact on integers, in each form."""
 
 import dataclasses
 
@@ -33,12 +33,30 @@ BY_NAME = {form.name: form for form in FORMS}
     ids=str,
 )
 def test_simulated_kernel(name, dtype, tile, add, tmp_path):
-    form = BY_NAME[name]
+    check(BY_NAME[name], dtype, {"block_m": tile[0], "block_n": tile[1]}, add, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tile", "add"),
+    [
+        ("1 rows", jnp.bfloat16, (8, 1, 2), False),
+        ("17 rows", jnp.bfloat16, (8, 2, 1), True),
+        ("17 rows", jnp.float32, (64, 2, 4), True),
+        ("128 rows", jnp.bfloat16, (128, 2, 2), False),
+    ],
+    ids=str,
+)
+def test_simulated_kernel_for_few_rows(name, dtype, tile, add, tmp_path):
+    shape = dict(zip(("block_m", "consumers", "split"), tile, strict=True))
+    check(BY_NAME[name], dtype, shape, add, tmp_path)
+
+
+def check(form, dtype, shape, add, tmp_path):
     params = dataclasses.replace(form.params, preferred_element_type=jnp.dtype(dtype))
     config, *_ = (
         config
         for config, _ in candidates(form.form.problem(params, form.operands), H200)
-        if (config.block_m, config.block_n) == tile
+        if shape.items() <= dataclasses.asdict(config).items()
     )
     c = None
     if add:

@@ -12,12 +12,13 @@ VARIANTS = config.variants()
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    compile_all(config.SOURCE, VARIANTS)
+    for source, configs in config.by_source(VARIANTS).items():
+        compile_all(source, configs)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_code_multiplies_on_tensor_cores_and_spills_nothing(variant):
-    code = disassemble(config.SOURCE, variant)
-    fp8 = config.SCALES[variant.scales] != "none"
+    code = disassemble(variant.source, variant)
+    fp8 = config.ELEMENTS[variant.a_type].itemsize == 1
     assert re.search(r"\bQGMMA\b" if fp8 else r"\bHGMMA\b", code)
     assert_nothing_spilled(code)

@@ -2,7 +2,6 @@
 tests/gemm, on a GPU too."""
 
 import ctypes
-import dataclasses
 import functools
 import os
 import re
@@ -21,7 +20,7 @@ from oracles import assert_close, product, put, random_like, random_problem
 
 from deepgemm_jax import ScaledArray, fp8_gemm_nt
 from deepgemm_jax._core.device import cuda_device
-from deepgemm_jax.gemm.config import Problem, candidates, choose
+from deepgemm_jax.gemm.config import FewRows, Problem, candidates, choose
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +40,19 @@ def test_every_config_gives_the_product(m, dtype, add):
     for config, _ in candidates(problem, cuda_device()):
         d = fp8_gemm_nt(*operands, preferred_element_type=dtype, config=config)
         assert_close(d, oracle, "cuda")
+
+
+def test_clusters_that_divide_k_go_from_tile_to_tile():
+    m, n, k = 17, 9000, 400  # more tiles than clusters
+    a, b = random_problem(5, m, n, k)
+    operands = put((a, b), "cuda")
+    problem = Problem(m=m, n=n, k=k, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
+    for config, _ in candidates(problem, cuda_device()):
+        if isinstance(config, FewRows):
+            gemm = jax.jit(functools.partial(fp8_gemm_nt, config=config))
+            first, second = gemm(*operands), gemm(*operands)
+            assert_close(first, product(a, b), "cuda")
+            assert (first == second).all()
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 16), (129, 264, 144), (64, 7168, 2048)])
@@ -168,10 +180,12 @@ def raw_call():
     a, b = put(random_problem(4, 64, 128, 128), "cuda")
     device = cuda_device()
     problem = Problem(m=64, n=128, k=128, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
+    config = choose(problem, device)
     attributes = {
-        "config": np.array(dataclasses.astuple(choose(problem, device)), np.int64),
+        "source": config.source,
+        "config": np.array(config.integers, np.int64),
         "arch": device.arch,
-        "num_sms": np.int64(device.num_sms),
+        "num_sms": np.int64(config.num_sms(device)),
     }
 
     def raw_call(**changed):

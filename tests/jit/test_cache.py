@@ -1,6 +1,5 @@
 """The disk cache: who compiles, what is believed, and what happens when it cannot be written."""
 
-import dataclasses
 import json
 import os
 import stat
@@ -14,7 +13,8 @@ import pytest
 from deepgemm_jax import _C
 from deepgemm_jax.gemm import config
 
-KERNEL = (config.SOURCE, dataclasses.astuple(config.variants()[0]), "sm_90a")
+FIRST = config.variants()[0]
+KERNEL = (FIRST.source, FIRST.integers, "sm_90a")
 # Any device source compiles; these hold no kernel and take no time.
 QUICK = ("device/types.h", (), "sm_90a")
 OTHER = ("gemm/config.h", (), "sm_90a")

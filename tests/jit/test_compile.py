@@ -1,6 +1,5 @@
 """What a compilation says when it fails, and where it finds its sources and its compiler."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -10,14 +9,15 @@ from deepgemm_jax import _C
 from deepgemm_jax.gemm import config
 
 QUICK = ("device/types.h", (), "sm_90a")
-TOO_LONG = (config.SOURCE, tuple(range(50)), "sm_90a")  # more integers than a config has
+FIRST = config.variants()[0]
+TOO_LONG = (FIRST.source, tuple(range(50)), "sm_90a")  # more integers than a config has
 
 
 def test_failure_names_the_variant_and_the_log(cache):
     with pytest.raises(RuntimeError) as error:
         _C.compile(*TOO_LONG)
     sentence, _, end_of_log = str(error.value).partition("\n")
-    assert config.SOURCE in sentence
+    assert FIRST.source in sentence
     assert ",".join(map(str, TOO_LONG[1])) in sentence
     assert "sm_90a" in sentence
     log = Path(re.search(r"whole log is in (\S+),", sentence)[1])
@@ -50,7 +50,7 @@ def test_unknown_source(cache):
 
 
 def test_log_tells_registers_and_spills(cache):
-    kernel = _C.compile(config.SOURCE, dataclasses.astuple(config.variants()[0]), "sm_90a")
+    kernel = _C.compile(FIRST.source, FIRST.integers, "sm_90a")
     assert re.search(r"\d+ bytes spill stores", kernel.log)
 
 

@@ -1,6 +1,5 @@
 """The disk cache and its warm-up, with kernels really compiled."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -46,7 +45,7 @@ def first_call(m: int, n: int, k: int) -> None:
     """What the first call at this shape does before it can launch."""
     problem = gemm.Problem(m, n, k, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
     config = gemm.choose(problem, DEVICE)
-    _C.compile(gemm.SOURCE, dataclasses.astuple(config), DEVICE.arch)
+    _C.compile(config.source, config.integers, DEVICE.arch)
 
 
 def test_cache_dir(monkeypatch, tmp_path):
@@ -125,7 +124,8 @@ def test_clear_and_info_without_a_folder(cache):
 
 
 def test_a_failure_loses_no_other_variant(cache):
-    good = runtime.Variant(gemm.SOURCE, dataclasses.astuple(gemm.variants()[0]), DEVICE.arch)
+    first = gemm.variants()[0]
+    good = runtime.Variant(first.source, first.integers, DEVICE.arch)
     bad = runtime.Variant("no/such.cuh", (), DEVICE.arch)
     with pytest.raises(RuntimeError, match="no/such.cuh"):
         runtime.compile_variants([bad, good], jobs=1)

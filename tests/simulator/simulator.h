@@ -67,6 +67,8 @@ struct Thread {
   int stores = 0;                                            // that have not yet read shared memory
   std::vector<std::vector<std::function<void()>>> products;  // groups that have not been waited for
   std::vector<std::function<void()>> product;                // not yet committed
+  std::vector<std::function<void()>> copies;                 // that no barrier has been told of
+  unsigned arrived_in = 0;                                   // generation of the cluster's meeting
 
   Warp& warp() { return cta->warps[index.x / 32]; }
   int lane() const { return index.x % 32; }
@@ -97,16 +99,22 @@ inline Thread& self() { return *current; }
 inline void yield() { swapcontext(&self().context, &scheduler); }
 inline void happened() { ++running->events; }
 
-inline void meet(Meeting& meeting, int threads) {
+// The generation of those who go on together.
+inline unsigned arrive(Meeting& meeting, int threads) {
   const unsigned generation = meeting.generation;
   happened();
   if (++meeting.arrived == threads) {
     meeting.arrived = 0;
     ++meeting.generation;
-  } else {
-    while (meeting.generation == generation) yield();
   }
+  return generation;
 }
+
+inline void wait(const Meeting& meeting, unsigned generation) {
+  while (meeting.generation == generation) yield();
+}
+
+inline void meet(Meeting& meeting, int threads) { wait(meeting, arrive(meeting, threads)); }
 
 // What each lane of the warp gives.
 inline const uint64_t* exchange(uint64_t value) {

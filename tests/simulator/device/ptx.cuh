@@ -47,6 +47,9 @@ void for_box(const TensorMap* tensor_map, uint32_t shared, int x, int y, int z, 
 }
 
 inline uint32_t shared_address(const void*) { return sim::dynamic_shared(); }
+inline uint32_t at_cta(uint32_t shared, int cta_rank) {
+  return (shared & 0xffffff) | cta_rank << 24;
+}
 inline bool elect_one() { return sim::self().lane() == 0; }
 
 // ---- mbarrier ---------------------------------------------------------------------------------
@@ -60,7 +63,7 @@ inline void barrier_arrive_expect(uint32_t barrier, int bytes) {
   sim::advance(sim::barrier(barrier), 1, bytes);
 }
 inline void barrier_arrive_at(uint32_t barrier, int cta_rank) {
-  barrier_arrive((barrier & 0xffffff) | cta_rank << 24);
+  barrier_arrive(at_cta(barrier, cta_rank));
 }
 inline bool barrier_test(uint32_t barrier, uint32_t parity) {
   return sim::barrier(barrier).phase % 2 != parity;
@@ -90,6 +93,23 @@ void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, in
       sim::advance(sim::barrier((barrier & 0xffffff) | rank << 24), 0, -bytes);
     }
   });
+}
+
+inline void tma_load_once(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, int y,
+                          int z) {
+  tma_load<1>(shared, map, barrier, x, y, z, 0);
+}
+
+// They all take place when the barrier is told of them.
+inline void copy_async(uint32_t shared, const float* x) {
+  sim::self().copies.push_back([=] { std::memcpy(sim::shared(shared, 4), x, 4); });
+}
+inline void barrier_arrive_after_copies(uint32_t barrier) {
+  sim::later([=, copies = std::move(sim::self().copies)] {
+    for (auto& copy : copies) copy();
+    barrier_arrive(barrier);
+  });
+  sim::self().copies.clear();
 }
 
 inline void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z) {
@@ -155,11 +175,30 @@ inline void stmatrix(uint32_t shared, uint32_t x0, uint32_t x1, uint32_t x2, uin
   __syncwarp();
 }
 
+inline uint32_t transpose_matrix(uint32_t x) {
+  const uint64_t* rows = sim::exchange(x);
+  const int lane = sim::self().lane();
+  const auto element = [&](int row) {
+    return rows[4 * row + lane / 4 / 2] >> lane / 4 % 2 * 16 & 0xffff;
+  };
+  return element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+}
+
 // ---- clusters, dependent launches, registers --------------------------------------------------
 
 inline uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 inline int cluster_rank() { return sim::self().cta->rank; }
 inline void cluster_sync() { sim::meet(sim::running->meeting, sim::running->threads.size()); }
+inline void cluster_arrive() {
+  sim::self().arrived_in = sim::arrive(sim::running->meeting, sim::running->threads.size());
+}
+inline void cluster_wait() { sim::wait(sim::running->meeting, sim::self().arrived_in); }
+inline void send(uint32_t remote, uint32_t remote_barrier, const float* x) {
+  sim::later([=, x = float4{x[0], x[1], x[2], x[3]}] {
+    std::memcpy(sim::shared(remote, 16), &x, 16);
+    sim::advance(sim::barrier(remote_barrier), 0, -16);
+  });
+}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 template <int count>

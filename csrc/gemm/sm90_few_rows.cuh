@@ -1,0 +1,350 @@
+// D[M, N] (+)= sum over blocks kb of 128 along K:
+//   a_scale[m, kb] * b_scale[n / 128, kb] * (A[m, kb] . B[n, kb])        (FP8 operands, K-major)
+//
+// for an A of few rows, where the time is that of reading B once. The product is B A^T: rows of B
+// lie along the tensor core's side of 64, rows of A along the side that may be as short as 8.
+//
+//   copy thread   tiles of A and B   \                             consumer 0: 64 rows of B
+//   scale warp    scales of A and B  / ring of `stages` slots      consumer 1: the next 64
+//
+//   full[s]:  the slot's bytes have landed.  empty[s]: every consumer has finished with the slot.
+//
+// The `split` CTAs of a cluster divide K. Each owns some of the tile's rows of A: the others send
+// it their sums of these, and it adds them up, always in the same order, and stores them.
+//
+//   received:  all that this CTA was sent of a tile has landed.
+//   taken:     the whole cluster has added up what it was sent, and may be sent the next tile's.
+#pragma once
+
+#include "device/ptx.cuh"
+#include "device/scheduler.cuh"
+#include "device/wgmma.cuh"
+#include "gemm/config.h"
+
+namespace deepgemm::gemm {
+
+constexpr FewRows config{CONFIG};
+
+constexpr int kBlockN = config.block_n();
+constexpr int kChunks = config.block_m / 8;  // of eight rows of A: four registers a thread
+constexpr int kOwned = config.owned();
+constexpr int kConsumerWarps = config.consumers * 4;  // that multiply
+
+// Registers move from the producer, which needs few, to the consumers; a launch gives each thread
+// the same share of 65,536, in multiples of 8, and the shares cannot grow beyond what it gave.
+constexpr int kLaunchRegisters = 65536 / config.threads() / 8 * 8;
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters =
+    (kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / config.consumers) / 8 * 8;
+// Narrow tiles and single consumers get enough from the launch.
+constexpr bool kMoveRegisters = config.consumers > 1 && config.block_m > 32;
+
+template <bool float32>
+struct OutType {
+  using type = float;
+};
+template <>
+struct OutType<false> {
+  using type = unsigned short;  // the bits of a bfloat16
+};
+using Out = OutType<config.out_float32>::type;
+
+// Where things are in shared memory: slots of A, of B, sums from other CTAs, slots of scales,
+// barriers. A position in the ring is a slot, and the parity of how often the ring has gone round.
+struct Ring {
+  uint32_t memory;
+  int slot = 0;
+  uint32_t parity = 0;
+
+  static constexpr int kB = config.stages * config.a_bytes();
+  static constexpr int kReceived = kB + config.stages * config.b_bytes();
+  static constexpr int kScales = kReceived + config.received_bytes();
+  static constexpr int kFull = kScales + config.stages * config.scale_bytes();
+  static constexpr int kEmpty = kFull + config.stages * 8;
+
+  uint32_t a() const { return memory + slot * config.a_bytes(); }
+  uint32_t b() const { return memory + kB + slot * config.b_bytes(); }
+  uint32_t a_scale() const { return memory + kScales + slot * config.scale_bytes(); }
+  uint32_t b_scale() const { return a_scale() + config.block_m * 4; }
+  uint32_t full() const { return memory + kFull + slot * 8; }
+  uint32_t empty() const { return memory + kEmpty + slot * 8; }
+
+  // A chunk that this CTA owns, from the CTA that is `distance` behind it in the cluster.
+  uint32_t sums(int distance, int chunk) const {
+    return memory + kReceived + ((distance - 1) * kOwned + chunk) * config.chunk_bytes();
+  }
+  uint32_t received() const { return memory + kEmpty + config.stages * 8; }
+  uint32_t taken() const { return received() + 8; }
+
+  __forceinline__ void advance() {
+    if (++slot == config.stages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The tiles of this cluster, one after the other.
+struct Tiles {
+  const Params& p;
+  int index;
+  int batch, m0, n0;  // the tile's first element
+
+  __forceinline__ explicit Tiles(const Params& p) : p(p), index(blockIdx.x / config.split) {
+    locate();
+  }
+
+  __forceinline__ void locate() {
+    const Tile t = p.order(index);
+    batch = t.batch;
+    m0 = t.m * config.block_m;
+    n0 = t.n * kBlockN;
+  }
+
+  __forceinline__ bool first() const { return index < gridDim.x / config.split; }
+  __forceinline__ bool last() const { return index + gridDim.x / config.split >= p.order.count(); }
+  __forceinline__ bool done() const { return index >= p.order.count(); }
+
+  __forceinline__ void next() {
+    index += gridDim.x / config.split;
+    locate();
+  }
+};
+
+// This CTA's share of K, in blocks.
+struct Share {
+  int first, end;
+
+  __forceinline__ Share(const Params& p, int rank)
+      : first(p.blocks_k * rank / config.split), end(p.blocks_k * (rank + 1) / config.split) {}
+};
+
+__forceinline__ void copy_tiles(const Params& p, Ring ring, Share share) {
+  for (Tiles tile(p); !tile.done(); tile.next()) {
+    for (int kb = share.first; kb < share.end; ++kb, ring.advance()) {
+      barrier_wait(ring.empty(), ring.parity ^ 1);
+      barrier_arrive_expect(ring.full(), config.a_bytes() + config.b_bytes());
+      tma_load<1>(ring.a(), &p.a, ring.full(), kb * kRowBytes, tile.m0, tile.batch, 0);
+      tma_load_once(ring.b(), &p.b, ring.full(), kb * kRowBytes, tile.n0, tile.batch);
+    }
+  }
+}
+
+// One float at a time, since no more is aligned if A has an odd number of rows. Rows past the last
+// keep the slot's last scales: they are not stored.
+__forceinline__ void copy_scales(const Params& p, Ring ring, Share share) {
+  const int lane = threadIdx.x % 32;
+  for (Tiles tile(p); !tile.done(); tile.next()) {
+    const float* a = p.a_scale + static_cast<long long>(tile.batch) * p.blocks_k * p.m;
+    const int block_n = min((tile.n0 + lane * 64) / 128, p.blocks_n - 1);
+    const float* b =
+        p.b_scale + static_cast<long long>(tile.batch * p.blocks_n + block_n) * p.blocks_k;
+    for (int kb = share.first; kb < share.end; ++kb, ring.advance()) {
+      barrier_wait(ring.empty(), ring.parity ^ 1);
+#pragma unroll
+      for (int i = lane; i < config.block_m; i += 32) {
+        if (tile.m0 + i < p.m)
+          copy_async(ring.a_scale() + i * 4, a + static_cast<long long>(kb) * p.m + tile.m0 + i);
+      }
+      if (lane < config.consumers) copy_async(ring.b_scale() + lane * 4, b + kb);
+      barrier_arrive_after_copies(ring.full());
+    }
+  }
+}
+
+// Lane q of four holds row q of a 4 x 4 matrix and gets column q.
+__forceinline__ void transpose_quad(uint32_t (&x)[4]) {
+#pragma unroll
+  for (int step = 1; step <= 2; ++step) {
+    const bool upper = threadIdx.x & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t received = __shfl_xor_sync(0xffffffff, upper ? x[i] : x[i + step], step);
+      if (upper) {
+        x[i] = received;
+      } else {
+        x[i + step] = received;
+      }
+    }
+  }
+}
+
+// A warp's sums into D: its 16 columns from `column` on, and chunks of eight rows from `row` on. A
+// thread has columns i and i + 8 of rows 2 q and 2 q + 1 of each chunk, where it is 4 i + q.
+template <int count>
+__forceinline__ void store(const Params& p, float (&sum)[count], int batch, int row, int column) {
+  constexpr int chunks = count / 4;
+  const int lane = threadIdx.x % 32, q = lane % 4;
+  Out* d = static_cast<Out*>(p.d) + static_cast<long long>(batch) * p.m * p.n;
+  const bool vectors = !config.out_float32 && p.n % 8 == 0;  // rows are 16-byte aligned
+  if (p.accumulate || !vectors) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const int r = row + i / 4 * 8 + 2 * q + i % 2, c = column + lane / 4 + i % 4 / 2 * 8;
+      if (r >= p.m || c >= p.n) continue;
+      Out* to = d + static_cast<long long>(r) * p.n + c;
+      if constexpr (config.out_float32) {
+        *to = p.accumulate ? *to + sum[i] : sum[i];
+      } else {
+        if (p.accumulate) sum[i] += bfloat16_to_float(*to);
+        if (!vectors) *to = pack_bfloat16(sum[i], 0);
+      }
+    }
+  }
+  if constexpr (!config.out_float32) {
+    if (!vectors) return;
+#pragma unroll
+    for (int j = 0; j < chunks; j += 2) {  // 16 rows: 16 bytes of one for each thread
+      uint32_t x[4] = {};
+#pragma unroll
+      for (int i = 0; i < 4 && j + i / 2 < chunks; ++i) {
+        x[i] = transpose_matrix(pack_bfloat16(sum[4 * j + 2 * i], sum[4 * j + 2 * i + 1]));
+      }
+      transpose_quad(x);
+      const int r = row + (j + q / 2) * 8 + lane / 4, c = column + q % 2 * 8;
+      if (j + q / 2 < chunks && r < p.m && c < p.n)
+        *reinterpret_cast<uint4*>(d + static_cast<long long>(r) * p.n + c) =
+            make_uint4(x[0], x[1], x[2], x[3]);
+    }
+  }
+}
+
+// Gives away the sums that other CTAs own, adds theirs to those that this one owns, and stores
+// them.
+__forceinline__ void reduce(const Params& p, const Ring& ring, const Tiles& tile, int rank,
+                            uint32_t tile_parity, const float (&sum)[4 * kChunks], int column) {
+  const int chunks = min(kOwned, kChunks - rank * kOwned);  // none if not positive
+  if (threadIdx.x == 0 && chunks > 0)
+    barrier_arrive_expect(ring.received(), (config.split - 1) * chunks * config.chunk_bytes());
+  if (tile.first()) {
+    cluster_wait();  // every CTA has set up its barriers
+  } else {
+    barrier_wait(ring.taken(), tile_parity ^ 1);
+  }
+  float own[4 * kOwned];
+#pragma unroll
+  for (int owner = 0; owner < config.split; ++owner) {
+    const int distance = (rank - owner + config.split) % config.split;
+    const uint32_t received = at_cta(ring.received(), owner);
+#pragma unroll
+    for (int j = 0; j < kOwned; ++j) {
+      if (owner * kOwned + j >= kChunks) break;
+      const float* x = &sum[4 * (owner * kOwned + j)];
+      if (owner == rank) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own[4 * j + i] = x[i];
+      } else {
+        send(at_cta(ring.sums(distance, j), owner) + threadIdx.x * 16, received, x);
+      }
+    }
+  }
+  if (chunks > 0) {
+    barrier_wait(ring.received(), tile_parity);
+#pragma unroll
+    for (int distance = 1; distance < config.split; ++distance) {
+#pragma unroll
+      for (int j = 0; j < kOwned; ++j) {
+        const uint4 x = load_shared_quad(ring.sums(distance, j) + threadIdx.x * 16);
+        own[4 * j] += __uint_as_float(x.x);
+        own[4 * j + 1] += __uint_as_float(x.y);
+        own[4 * j + 2] += __uint_as_float(x.z);
+        own[4 * j + 3] += __uint_as_float(x.w);
+      }
+    }
+  }
+  // Nobody waits for the last tile's, and the CTA that would be told may be gone.
+  if (!tile.last() && threadIdx.x % 32 < config.split)
+    barrier_arrive_at(ring.taken(), threadIdx.x % 32);
+  if (chunks > 0) store(p, own, tile.batch, tile.m0 + rank * kOwned * 8, column);
+}
+
+__forceinline__ void multiply(const Params& p, Ring ring, Share share, int rank, int consumer) {
+  const int lane = threadIdx.x % 32;
+  const int warp_column = consumer * 64 + threadIdx.x % 128 / 32 * 16;
+  uint32_t tile_parity = 0;
+  for (Tiles tile(p); !tile.done(); tile.next(), tile_parity ^= 1) {
+    float sum[4 * kChunks] = {};
+    float part[4 * kChunks];
+#pragma unroll 1
+    for (int kb = share.first; kb < share.end; ++kb) {
+      barrier_wait(ring.full(), ring.parity);
+      const uint64_t b = tile_descriptor(ring.b() + consumer * 64 * kRowBytes);
+      const uint64_t a = tile_descriptor(ring.a());
+      pin(part);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kRowBytes / 32; ++k)
+        wgmma<config.block_m, config.b_type, config.a_type>(part, b + 2 * k, a + 2 * k, k);
+      wgmma_commit();
+      const float b_scale = load_shared(ring.b_scale() + consumer * 4);
+      float scale[2 * kChunks];
+      const auto load_scales = [&] {
+#pragma unroll
+        for (int j = 0; j < kChunks; ++j) {
+          const float2 pair = load_shared_pair(ring.a_scale() + (8 * j + lane % 4 * 2) * 4);
+          scale[2 * j] = pair.x;
+          scale[2 * j + 1] = pair.y;
+        }
+      };
+      // During the product, unless registers are short.
+      if constexpr (kChunks <= 8) load_scales();
+      wgmma_wait<0>();
+      pin(part);
+      if constexpr (kChunks > 8) load_scales();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(ring.empty());
+      ring.advance();
+#pragma unroll
+      for (int i = 0; i < 4 * kChunks; ++i) sum[i] += scale[i / 4 * 2 + i % 2] * b_scale * part[i];
+    }
+
+    if constexpr (config.split == 1) {
+      store(p, sum, tile.batch, tile.m0, tile.n0 + warp_column);
+    } else {
+      reduce(p, ring, tile, rank, tile_parity, sum, tile.n0 + warp_column);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(config.threads(), 1)
+    kernel(const __grid_constant__ Params params) {
+  extern __shared__ __align__(1024) char memory[];
+  Ring ring{uniform(shared_address(memory))};
+  const int warp = uniform(threadIdx.x / 32);
+
+  if (warp == kConsumerWarps && elect_one()) {
+    prefetch(&params.a);
+    prefetch(&params.b);
+    for (; ring.parity == 0; ring.advance()) {
+      barrier_init(ring.full(), 1 + 32);  // the copy thread, the lanes of the scale warp
+      barrier_init(ring.empty(), kConsumerWarps);
+    }
+    barrier_init(ring.received(), 1);
+    barrier_init(ring.taken(), config.split * kConsumerWarps);
+    ring.parity = 0;
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if constexpr (config.split > 1) cluster_arrive();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+
+  const int rank = config.split == 1 ? 0 : cluster_rank();
+  const Share share(params, rank);
+  if (warp < kConsumerWarps) {
+    if constexpr (kMoveRegisters) grow_registers<kConsumerRegisters>();
+    multiply(params, ring, share, rank, warp / 4);
+  } else {
+    if constexpr (kMoveRegisters) shrink_registers<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
+      if (elect_one()) copy_tiles(params, ring, share);
+      __syncwarp();
+    } else if (warp == kConsumerWarps + 1) {
+      copy_scales(params, ring, share);
+    }
+    if constexpr (config.split > 1) cluster_wait();
+  }
+}
+
+}  // namespace deepgemm::gemm

@@ -1,0 +1,16 @@
+// The GEMM's kernel for few rows, for one CONFIG, as a function for ctypes.
+#include "gemm/plan.h"
+#include "gemm/sm90_few_rows.cuh"
+#include "simulator.h"
+#include "tensor_map.h"
+
+namespace deepgemm::gemm {
+thread_local char memory[1];  // Its address alone is asked for.
+}
+
+extern "C" void run(const deepgemm::gemm::Operands* operands, int num_sms) {
+  using namespace deepgemm::gemm;
+  auto [params, clusters] = plan(config, num_sms, *operands);
+  sim::launch(clusters * config.cluster(), config.threads(), config.cluster(),
+              [&] { kernel(params); });
+}
