@@ -72,8 +72,8 @@ def simulate(
     spans = np.zeros((form.expected.shape[-2] + 1, 4), np.int32)
     operands.spans = spans.ctypes.data
     edges = memory[:margin].tobytes(), memory[-margin:].tobytes()
-    name = "few_rows" if isinstance(config, FewRows) else "gemm"
+    source = "few_rows.cc" if isinstance(config, FewRows) else "gemm.cc"
     num_sms = config.num_sms(dataclasses.replace(H200, num_sms=SMS))
-    build(name, config.integers, folder).run(ctypes.byref(operands), num_sms)
+    build(source, config.integers, folder).run(ctypes.byref(operands), num_sms)
     assert edges == (memory[:margin].tobytes(), memory[-margin:].tobytes())
     return d

@@ -1,16 +1,10 @@
 """Kernels whose CTAs are independent, on the host: see tests/simulator."""
 
 import ctypes
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
-import pytest
-
-TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "csrc"
+from simulator_build import build
 
 PROGRAM = """
 #include "simulator.h"
@@ -29,21 +23,10 @@ class SimulatedKernel:
     """One variant of a kernel; `params` is a ctypes.Structure like the kernel's own."""
 
     def __init__(self, folder: Path, source: str, params: type[ctypes.Structure], config):
-        compiler = shutil.which(os.environ.get("CXX", "c++"))
-        if not compiler:
-            pytest.skip("no C++ compiler")
-        name = "_".join(map(str, (Path(source).stem, *config)))
-        program = PROGRAM.format(
-            source=source, family=Path(source).parent.name, params=params.__name__
-        )
-        (folder / f"{name}.cc").write_text(program)
-        define = ",".join(map(str, config))
-        flags = [f"-I{TESTS / 'simulator'}", f"-I{CSRC}", "-std=c++20", "-O1", "-w"]
-        flags += ["-ffp-contract=off", f"-DCONFIG={define}"]
-        library = folder / f"{name}.so"
-        files = [folder / f"{name}.cc", "-shared", "-fPIC", "-o", library]
-        subprocess.run([compiler, *flags, *files], check=True)
-        self._run = ctypes.CDLL(library).run
+        program = folder / f"{Path(source).stem}.cc"
+        family = Path(source).parent.name
+        program.write_text(PROGRAM.format(source=source, family=family, params=params.__name__))
+        self._run = build(program, config, folder).run
         self._params = params
 
     def __call__(self, **params) -> None:

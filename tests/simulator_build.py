@@ -12,18 +12,19 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-def build(name: str, config: Sequence[int], folder: Path) -> ctypes.CDLL:
-    """One variant of tests/simulator/NAME.cc."""
+def build(source: str | Path, config: Sequence[int], folder: Path) -> ctypes.CDLL:
+    """One variant of a file, which is looked for in tests/simulator."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if not compiler:
         pytest.skip("no C++ compiler")
-    library = folder / f"{name}_{'_'.join(map(str, config))}.so"
+    library = folder / f"{Path(source).stem}_{'_'.join(map(str, config))}.so"
     subprocess.run(
         [
             *(compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-w", "-Wno-psabi"),
+            "-ffp-contract=off",
             f"-DCONFIG={','.join(map(str, config))}",
             *(f"-I{TESTS / 'simulator'}", f"-I{TESTS.parent / 'csrc'}"),
-            *(TESTS / "simulator" / f"{name}.cc", "-o", library),
+            *(TESTS / "simulator" / source, "-o", library),
         ],
         check=True,
     )

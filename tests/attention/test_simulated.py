@@ -23,7 +23,7 @@ def kernel(tmp_path_factory):
     @functools.cache
     def built(config):
         short = dataclasses.replace(config, stages=2)
-        return build("logits", dataclasses.astuple(short), folder)
+        return build("logits.cc", dataclasses.astuple(short), folder)
 
     return lambda queries, heads: built(choose_logits(queries, heads, H200))
 
@@ -153,7 +153,7 @@ def test_batch_of_caches(kernel):
 
 @pytest.mark.parametrize("variant", TOPK_VARIANTS, ids=str)
 def test_topk(variant, tmp_path):
-    library = build("topk", dataclasses.astuple(variant), tmp_path)
+    library = build("topk.cc", dataclasses.astuple(variant), tmp_path)
     dtype = jnp.float32 if variant.float32 else jnp.bfloat16
     rng = np.random.default_rng(8)
     many = rng.normal(size=(2, 6001))
