@@ -1,6 +1,5 @@
 #include "gemm/handler.h"
 
-#include <exception>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -30,35 +29,16 @@ int smem_bytes(const AnyConfig& config) {
   return std::visit([](const auto& c) { return c.smem_bytes(); }, config);
 }
 
-template <class F>
-ffi::Error guarded(F f) {
-  try {
-    f();
-    return ffi::Error::Success();
-  } catch (const std::exception& e) {
-    return ffi::Error::Internal(std::string("deepgemm_jax: ") + e.what());
-  }
-}
+constexpr char kOp[] = "gemm";
 
 ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(std::string_view source,
                                                      ffi::Span<const int64_t> config,
                                                      std::string_view arch, int64_t num_sms) {
-  std::unique_ptr<GemmState> state;
-  const ffi::Error error = guarded([&] {
-    const AnyConfig parsed = config_of(source, config);
-    const auto& kernel =
-        jit::Kernel::get({std::string(source), {config.begin(), config.end()}, std::string(arch)});
-    const bool finds = std::visit([](auto& c) { return c.groups == gemm::kContiguous; }, parsed);
-    const auto* runs =
-        finds ? &jit::Kernel::get({"gemm/runs.cuh", {}, std::string(arch)}) : nullptr;
-    state.reset(new GemmState{parsed, static_cast<int>(num_sms), kernel, runs});
-  });
-  if (error.failure()) return ffi::Unexpected(error);
-  return state;
+  return jit::instantiate<GemmState>(kOp, source, config, arch, num_sms);
 }
 
 ffi::Error initialize(GemmState* state) {
-  return guarded([&] {
+  return jit::guarded(kOp, [&] {
     state->kernel.prepare(smem_bytes(state->config));
     if (state->runs) state->runs->prepare(0);
   });
@@ -112,7 +92,7 @@ void launch(const Config& config, const GemmState& state, jit::CUstream stream,
 
 ffi::Error execute(jit::CUstream stream, GemmState* state, ffi::RemainingArgs args,
                    ffi::RemainingRets results) {
-  return guarded([&] {
+  return jit::guarded(kOp, [&] {
     std::visit(
         [&](const auto& config) {
           launch(config, *state, stream, operands_of(args, results, config.scales, config.groups));
@@ -122,6 +102,17 @@ ffi::Error execute(jit::CUstream stream, GemmState* state, ffi::RemainingArgs ar
 }
 
 }  // namespace
+
+GemmState::GemmState(std::string_view source, ffi::Span<const int64_t> ints, std::string_view arch,
+                     int64_t num_sms)
+    : config(config_of(source, ints)),
+      num_sms(static_cast<int>(num_sms)),
+      kernel(
+          jit::Kernel::get({std::string(source), {ints.begin(), ints.end()}, std::string(arch)})) {
+  if (std::visit([](const auto& c) { return c.groups == gemm::kContiguous; }, config)) {
+    runs = &jit::Kernel::get({"gemm/runs.cuh", {}, std::string(arch)});
+  }
+}
 
 int gemm_smem_bytes(std::string_view source, const std::vector<int>& config) {
   return smem_bytes(config_of(source, config));

@@ -6,8 +6,7 @@
 #include <vector>
 
 #include "gemm/config.h"
-#include "jit/kernel.h"
-#include "xla/ffi/api/ffi.h"
+#include "jit/handler.h"
 
 namespace deepgemm {
 
@@ -17,7 +16,10 @@ struct GemmState {
   std::variant<gemm::Config, gemm::FewRows> config;
   int num_sms;  // that the kernel may fill
   const jit::Kernel& kernel;
-  const jit::Kernel* runs;  // finds the groups first, where there are any among the rows
+  const jit::Kernel* runs = nullptr;  // finds the groups first, where there are any among the rows
+
+  GemmState(std::string_view source, xla::ffi::Span<const int64_t> config, std::string_view arch,
+            int64_t num_sms);
 };
 
 int gemm_smem_bytes(std::string_view source, const std::vector<int>& config);
