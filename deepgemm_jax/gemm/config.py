@@ -203,22 +203,27 @@ class Tile:
 FP8_TILES = (
     Tile(256, 128, 2, 1, 2, 0.757, 1.3),
     Tile(192, 128, 3, 1, 2, 0.557, 0.9),
-    Tile(192, 128, 3, 1, 1, 0.570, 0.9),
-    Tile(128, 160, 2, 1, 1, 0.550, 1.0),
-    Tile(128, 144, 2, 1, 1, 0.515, 1.0),
     Tile(128, 128, 2, 1, 2, 0.430, 0.9),
     Tile(128, 64, 2, 1, 1, 0.300, 0.8),
-    Tile(128, 32, 2, 1, 1, 0.240, 0.7),
     Tile(64, 128, 1, 1, 1, 0.340, 0.9),
     Tile(64, 64, 1, 1, 1, 0.260, 0.8),
-    Tile(64, 32, 1, 1, 1, 0.220, 0.7),
-    Tile(64, 16, 1, 1, 1, 0.200, 0.7),
 )
 BF16_TILES = (
     Tile(128, 256, 2, 1, 1, 0.655, 1.3),
     Tile(128, 128, 2, 1, 1, 0.380, 0.9),
-    Tile(128, 64, 2, 1, 1, 0.260, 0.8),
     Tile(64, 128, 1, 1, 1, 0.250, 0.9),
+)
+# For small problems and odd widths; many groups fill the GPU without.
+DENSE_FP8_TILES = (
+    Tile(192, 128, 3, 1, 1, 0.570, 0.9),
+    Tile(128, 160, 2, 1, 1, 0.550, 1.0),
+    Tile(128, 144, 2, 1, 1, 0.515, 1.0),
+    Tile(128, 32, 2, 1, 1, 0.240, 0.7),
+    Tile(64, 32, 1, 1, 1, 0.220, 0.7),
+    Tile(64, 16, 1, 1, 1, 0.200, 0.7),
+)
+DENSE_BF16_TILES = (
+    Tile(128, 64, 2, 1, 1, 0.260, 0.8),
     Tile(64, 64, 1, 1, 1, 0.180, 0.8),
 )
 CHANNELS = 1.35  # times a block's cost, if there is a scale for each column
@@ -244,7 +249,11 @@ def _deepest(config: Callable[[int], Any], device: Device) -> Any:
 
 
 def _configs(problem: Problem, device: Device) -> Iterator[tuple[Tile, Config]]:
-    for tile in BF16_TILES if problem.scales == "none" else FP8_TILES:
+    bf16, dense = problem.scales == "none", problem.groups == "dense"
+    tiles: tuple[Tile, ...] = BF16_TILES if bf16 else FP8_TILES
+    if dense and not problem.a_mn_major and not problem.b_mn_major:
+        tiles += DENSE_BF16_TILES if bf16 else DENSE_FP8_TILES
+    for tile in tiles:
         shape = tile.block_m, tile.block_n, tile.consumers, tile.cluster_m, tile.cluster_n
         block_m, block_n, *others = shape
 
