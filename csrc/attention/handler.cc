@@ -1,19 +1,13 @@
 #include "attention/handler.h"
 
-#include <exception>
 #include <memory>
-#include <string>
 #include <string_view>
 
 #include "attention/plan.h"
-#include "jit/compile.h"
 
 namespace ffi = xla::ffi;
 
 namespace deepgemm {
-
-ffi::TypeId LogitsState::id = {};
-ffi::TypeId TopkState::id = {};
 
 int logits_smem_bytes(const std::vector<int>& config) {
   return jit::config_from<attention::Config>(config).smem_bytes();
@@ -21,32 +15,16 @@ int logits_smem_bytes(const std::vector<int>& config) {
 
 namespace {
 
-template <class F>
-ffi::Error guarded(const char* op, F f) {
-  try {
-    f();
-    return ffi::Error::Success();
-  } catch (const std::exception& e) {
-    return ffi::Error::Internal(std::string(op) + ": " + e.what());
-  }
-}
+constexpr char kLogits[] = "mqa_logits", kTopk[] = "indexer_topk";
 
 ffi::ErrorOr<std::unique_ptr<LogitsState>> instantiate(ffi::Span<const int64_t> config,
                                                        std::string_view arch, int64_t num_sms,
                                                        bool compressed, bool clean) {
-  std::unique_ptr<LogitsState> state;
-  const ffi::Error error = guarded("mqa_logits", [&] {
-    const auto& kernel = jit::Kernel::get(
-        {"attention/sm90_logits.cuh", {config.begin(), config.end()}, std::string(arch)});
-    state.reset(new LogitsState{jit::config_from<attention::Config>(config),
-                                static_cast<int>(num_sms), compressed, clean, kernel});
-  });
-  if (error.failure()) return ffi::Unexpected(error);
-  return state;
+  return jit::instantiate<LogitsState>(kLogits, config, arch, num_sms, compressed, clean);
 }
 
 ffi::Error initialize(LogitsState* state) {
-  return guarded("mqa_logits", [&] { state->kernel.prepare(state->config.smem_bytes()); });
+  return jit::guarded(kLogits, [&] { state->kernel.prepare(state->config.smem_bytes()); });
 }
 
 // What prefill and decode have in common. In front of q's last three dims are those of the
@@ -85,7 +63,7 @@ void launch(jit::CUstream stream, const LogitsState& state, const attention::Ope
 ffi::Error execute(jit::CUstream stream, LogitsState* state, ffi::AnyBuffer q, ffi::AnyBuffer keys,
                    ffi::AnyBuffer scales, ffi::AnyBuffer weights, ffi::AnyBuffer start,
                    ffi::AnyBuffer end, ffi::Result<ffi::AnyBuffer> logits) {
-  return guarded("mqa_logits", [&] {
+  return jit::guarded(kLogits, [&] {
     attention::Operands x = operands_of(*state, q, keys, weights, end, *logits);
     x.scales = scales.untyped_data();
     x.start = start.typed_data<int>();
@@ -97,7 +75,7 @@ ffi::Error execute(jit::CUstream stream, LogitsState* state, ffi::AnyBuffer q, f
 ffi::Error execute_paged(jit::CUstream stream, LogitsState* state, ffi::AnyBuffer q,
                          ffi::AnyBuffer cache, ffi::AnyBuffer weights, ffi::AnyBuffer lengths,
                          ffi::AnyBuffer pages, ffi::Result<ffi::AnyBuffer> logits) {
-  return guarded("mqa_logits", [&] {
+  return jit::guarded(kLogits, [&] {
     const auto dims = cache.dimensions();
     const size_t rank = dims.size();
     attention::Operands x = operands_of(*state, q, cache, weights, lengths, *logits);
@@ -112,22 +90,16 @@ ffi::Error execute_paged(jit::CUstream stream, LogitsState* state, ffi::AnyBuffe
 
 ffi::ErrorOr<std::unique_ptr<TopkState>> instantiate_topk(ffi::Span<const int64_t> config,
                                                           std::string_view arch) {
-  std::unique_ptr<TopkState> state;
-  const ffi::Error error = guarded("indexer_topk", [&] {
-    state.reset(new TopkState{jit::Kernel::get(
-        {"attention/sm90_topk.cuh", {config.begin(), config.end()}, std::string(arch)})});
-  });
-  if (error.failure()) return ffi::Unexpected(error);
-  return state;
+  return jit::instantiate<TopkState>(kTopk, "attention/sm90_topk.cuh", config, arch);
 }
 
 ffi::Error initialize_topk(TopkState* state) {
-  return guarded("indexer_topk", [&] { state->kernel.prepare(attention::TopkConfig::kSmemBytes); });
+  return jit::guarded(kTopk, [&] { state->kernel.prepare(attention::TopkConfig::kSmemBytes); });
 }
 
 ffi::Error execute_topk(jit::CUstream stream, TopkState* state, ffi::AnyBuffer logits,
                         ffi::Result<ffi::AnyBuffer> indices, ffi::Result<ffi::AnyBuffer> scores) {
-  return guarded("indexer_topk", [&] {
+  return jit::guarded(kTopk, [&] {
     using Config = attention::TopkConfig;
     const auto dims = logits.dimensions();
     attention::TopkParams params = {

@@ -1,26 +1,30 @@
 // XLA's entry points to the indexer's kernels.
 #pragma once
 
+#include <string_view>
 #include <vector>
 
 #include "attention/config.h"
-#include "jit/kernel.h"
-#include "xla/ffi/api/ffi.h"
+#include "jit/handler.h"
 
 namespace deepgemm {
 
-// One for each call site, shared by the devices that execute it.
-struct LogitsState {
-  static xla::ffi::TypeId id;
-  attention::Config config;
+struct LogitsState : jit::State<attention::Config> {
+  static inline xla::ffi::TypeId id = {};
   int num_sms;  // that the kernel may fill
   bool compressed, clean;
-  const jit::Kernel& kernel;
+
+  LogitsState(xla::ffi::Span<const int64_t> config, std::string_view arch, int64_t num_sms,
+              bool compressed, bool clean)
+      : State("attention/sm90_logits.cuh", config, arch),
+        num_sms(static_cast<int>(num_sms)),
+        compressed(compressed),
+        clean(clean) {}
 };
 
-struct TopkState {
-  static xla::ffi::TypeId id;
-  const jit::Kernel& kernel;
+struct TopkState : jit::State<attention::TopkConfig> {
+  static inline xla::ffi::TypeId id = {};
+  using State::State;
 };
 
 int logits_smem_bytes(const std::vector<int>& config);
