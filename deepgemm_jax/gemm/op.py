@@ -61,19 +61,11 @@ class Form:
             groups=self.groups,
         )
 
-    def config(self, params: Any, operands: Sequence[Any], device: Device) -> AnyConfig:
-        """The config of a call; ValueError if the one given does not fit."""
-        problem = self.problem(params, operands)
-        config = getattr(params, "config", None)
-        if config is None:
-            return choose(problem, device)
-        config.validate(problem, device)
-        return config
-
     def kernel(self) -> Kernel:
         def attributes(params, operands, device):
-            config = self.config(params, operands, device)
-            tell(self.problem(params, operands), config, device)
+            problem = self.problem(params, operands)
+            config = _config(params, problem, device)
+            tell(problem, config, device)
             return {
                 "source": config.source,
                 "config": np.array(config.integers, np.int64),
@@ -85,8 +77,8 @@ class Form:
             target="deepgemm_jax_gemm",
             archs=ARCHS,
             attributes=attributes,
-            column_major={"none": (), "blocks": ("a.scale",), "rows": ()}.get(
-                self.scales, ("a.scale", "b.scale")
+            column_major={"blocks": ("a.scale",), "channels": ("a.scale", "b.scale")}.get(
+                self.scales, ()
             ),
             aliases={"c": "d"},
             scratch=self._scratch,
@@ -114,6 +106,15 @@ class Form:
         return None
 
 
+def _config(params: Any, problem: Problem, device: Device) -> AnyConfig:
+    """The config of a call; ValueError if the one given does not fit."""
+    config = getattr(params, "config", None)
+    if config is None:
+        return choose(problem, device)
+    config.validate(problem, device)
+    return config
+
+
 def _divide_k(total, params, *operands):
     """Parts of the sum stay float32; C is added to their total once, and the cast is last."""
     operands, c = (operands[:-1], operands[-1]) if len(operands) % 2 else (operands, None)
@@ -125,11 +126,11 @@ def _divide_k(total, params, *operands):
     return [d.astype(params.preferred_element_type)]
 
 
-def _gemm(name: str, a: dict, b: dict, form: Form, limits: dict, derivative: str, **rules) -> Op:
+def _gemm(name: str, a: dict, b: dict, form: Form, limits: dict, derivative: str) -> Op:
     def check(params, operands):
         if params.config is not None:
             try:
-                form.config(params, operands, cuda_device())
+                _config(params, form.problem(params, operands), cuda_device())
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
 
@@ -145,7 +146,6 @@ def _gemm(name: str, a: dict, b: dict, form: Form, limits: dict, derivative: str
         batched=True,
         fold=("m", "n"),
         divide=_divide_k,
-        **rules,
     )
 
 

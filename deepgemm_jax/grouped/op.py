@@ -218,17 +218,16 @@ k_grouped_bf16_gemm_nt_contiguous = _k_grouped(
     K_LIMITS,
 )
 # What ragged_dot and its gradients are made of, in any dtypes.
-LHS, RHS = "lhs_dtype", "rhs_dtype"
 ragged_nn = _contiguous(
-    "ragged_dot", {"lhs": f"{LHS}[m k]"}, {"rhs": f"{RHS}[g k n]"}, ROWS_NN, PLAIN
+    "ragged_dot", {"lhs": "lhs_dtype[m k]"}, {"rhs": "rhs_dtype[g k n]"}, ROWS_NN, PLAIN
 )
 ragged_nt = _contiguous(
-    "ragged_dot_transposed", {"lhs": f"{LHS}[m k]"}, {"rhs": f"{RHS}[g n k]"}, ROWS_NT, PLAIN
+    "ragged_dot_transposed", {"lhs": "lhs_dtype[m k]"}, {"rhs": "rhs_dtype[g n k]"}, ROWS_NT, PLAIN
 )
 ragged_contracting = _k_grouped(
     "ragged_dot_contracting",
-    {"lhs": f"{LHS}[k m]"},
-    {"rhs": f"{RHS}[k n]"},
+    {"lhs": "lhs_dtype[k m]"},
+    {"rhs": "rhs_dtype[k n]"},
     {},
     SUMS_TN,
     PLAIN,
