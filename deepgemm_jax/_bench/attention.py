@@ -15,7 +15,7 @@ from ..attention import config as configs
 from ..attention import fp8_mqa_logits as prefill_op
 from ..attention import fp8_paged_mqa_logits as paged_op
 from ..runtime import Variant
-from .case import Case, Program
+from .case import Case, Program, nbytes
 
 CHECKED_ROWS = 8
 BLOCK_KV = 64
@@ -35,7 +35,7 @@ def fp8_mqa_logits(s: int, t: int, h: int, d: int, dtype: str) -> Case:
     return Case(
         program=Program(op, args),
         flops=2 * seen * h * d,
-        bytes=_nbytes(args) + seen * jnp.dtype(dtype).itemsize,
+        bytes=nbytes(args) + seen * jnp.dtype(dtype).itemsize,
         peak="fp8",
         config=dataclasses.asdict(config),
         variant=_variant(config),
@@ -79,7 +79,7 @@ def fp8_paged_mqa_logits(b: int, n: int, h: int, d: int, context: int, dtype: st
     return Case(
         program=Program(op, args),
         flops=2 * seen * h * d,
-        bytes=_nbytes((q, weights, table)) + read + seen * jnp.dtype(dtype).itemsize,
+        bytes=nbytes((q, weights, table)) + read + seen * jnp.dtype(dtype).itemsize,
         peak="fp8",
         config=dataclasses.asdict(config),
         variant=_variant(config),
@@ -91,10 +91,6 @@ def fp8_paged_mqa_logits(b: int, n: int, h: int, d: int, context: int, dtype: st
 
 def _float8(key: jax.Array, *shape: int) -> jax.Array:
     return jax.random.normal(key, shape, jnp.bfloat16).astype(jnp.float8_e4m3fn)
-
-
-def _nbytes(tree: object) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def _variant(config: configs.LogitsConfig) -> Variant:

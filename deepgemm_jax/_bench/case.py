@@ -6,11 +6,23 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from ..runtime import Variant
 
 # What an H200 reaches: tensor cores over a millisecond (TFLOPS) and reads of its memory (GB/s).
 PEAK_TFLOPS = {"fp8": 1770.0, "bf16": 885.0}
 PEAK_GBS = 4545.0
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def nbytes(tree: Any) -> int:
+    """Of arrays, or of their types."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .._core.device import cuda_device
 from ..quantize import per_row_cast_to_fp8, per_token_cast_to_fp8, prepare_weight
 from ..runtime import Variant
 from ..scaled import BLOCK, ScaledArray
-from .case import Case, Program
+from .case import Case, Program, nbytes, normal
 
 CHECKED_ROWS, CHECKED_COLUMNS = 16, 512
 
@@ -91,8 +91,7 @@ def case(
     [found] = gemm.explain(program.function, *program.args)
     result = jax.eval_shape(program.function, *program.args)
     if moved is None:
-        arrays = [*jax.tree.leaves(program.args), result]
-        moved = sum(array.size * array.dtype.itemsize for array in arrays)
+        moved = nbytes((program.args, result))
     return Case(
         program=program,
         flops=2 * products,
@@ -104,10 +103,6 @@ def case(
         others=others or {},
         chain=chain,
     )
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
 def dense_error(result: jax.Array, a: Any, b: Any) -> float:

@@ -14,8 +14,8 @@ import numpy as np
 from .. import grouped
 from ..quantize import per_token_cast_to_fp8, prepare_weight
 from ..scaled import ScaledArray
-from .case import Case, Program
-from .gemm import case, float64, normal, sampled_error
+from .case import Case, Program, nbytes, normal
+from .gemm import case, float64, sampled_error
 
 ALIGNED = 128  # rows, as DeepGEMM wants groups
 ZIPF = 1.2
@@ -95,7 +95,7 @@ def masked(groups: int, rows: int, expected: int, n: int, k: int) -> Case:
         int(counts.sum()) * n * k,
         "fp8",
         lambda result: _rows_error(result.reshape(groups * rows, n), flat, b, ids),
-        moved=_nbytes(b) + int(counts.sum()) * (_nbytes(a) // (groups * rows) + 2 * n),
+        moved=nbytes(b) + int(counts.sum()) * (nbytes(a) // (groups * rows) + 2 * n),
     )
 
 
@@ -149,7 +149,7 @@ def _rows_case(op: Callable, a: Any, b: Any, ids: jax.Array, peak: str) -> Case:
         valid * n * k,
         peak,
         lambda result: _rows_error(result, a, b, np.asarray(ids)),
-        moved=_nbytes(b) * used // groups + valid * (_nbytes(a) // len(ids) + 2 * n),
+        moved=nbytes(b) * used // groups + valid * (nbytes(a) // len(ids) + 2 * n),
     )
 
 
@@ -161,7 +161,3 @@ def _rows_error(result: jax.Array, a: Any, b: Any, ids: np.ndarray) -> float:
         return np.stack([float64(jax.tree.map(lambda x: x[g], b), columns) @ x for x, g in each])  # noqa: B023
 
     return sampled_error(result, np.flatnonzero(ids >= 0), product)
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(tree))

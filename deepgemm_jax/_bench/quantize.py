@@ -16,45 +16,45 @@ from .._core.device import cuda_device
 from ..layout import config as layout_config
 from ..quantize import config
 from ..runtime import Variant
-from .case import Case, Program
+from .case import Case, Program, nbytes, normal
 
 FP8 = jnp.float8_e4m3fn
 
 
 def per_token_cast(m: int, k: int) -> Case:
-    return _rows("cast", quantize.per_token_cast_to_fp8, _normal(0, m, k))
+    return _rows("cast", quantize.per_token_cast_to_fp8, normal(0, m, k))
 
 
 def per_channel_cast(m: int, k: int) -> Case:
-    return _tiles("per_channel", quantize.per_channel_cast_to_fp8, _normal(0, m, k))
+    return _tiles("per_channel", quantize.per_channel_cast_to_fp8, normal(0, m, k))
 
 
 def per_block_cast(m: int, k: int) -> Case:
-    return _tiles("per_block", quantize.per_block_cast_to_fp8, _normal(0, m, k))
+    return _tiles("per_block", quantize.per_block_cast_to_fp8, normal(0, m, k))
 
 
 def quantize_transpose(m: int, k: int) -> Case:
-    return _tiles("both_ways", quantize.quantize_transpose, _normal(0, m, k))
+    return _tiles("both_ways", quantize.quantize_transpose, normal(0, m, k))
 
 
 def quantize_transpose_grouped(groups: int, m: int, k: int) -> Case:
     """Groups of unequal sizes that fill x but for a few rows."""
     sizes = np.diff(np.linspace(0, 1, groups + 1) ** 1.1 * (m - 100)).astype(np.int32)
-    return _tiles("both_ways", quantize.quantize_transpose, _normal(0, m, k), jnp.asarray(sizes))
+    return _tiles("both_ways", quantize.quantize_transpose, normal(0, m, k), jnp.asarray(sizes))
 
 
 def swiglu_quantize(m: int, h: int) -> Case:
-    return _rows("gated", quantize.swiglu_quantize, _normal(0, m, 2 * h), _weights(m))
+    return _rows("gated", quantize.swiglu_quantize, normal(0, m, 2 * h), _weights(m))
 
 
 def swiglu_quantize_backward(m: int, h: int) -> Case:
-    operands = _normal(0, m, 2 * h), _normal(1, m, h), _weights(m)
+    operands = normal(0, m, 2 * h), normal(1, m, h), _weights(m)
     return _rows("gated_backward", quantize.swiglu_quantize_backward, *operands)
 
 
 def layout_transpose(itemsize: int, m: int, n: int) -> Case:
     dtype = {1: jnp.int8, 2: jnp.bfloat16, 4: jnp.float32}[itemsize]
-    x = jax.jit(lambda: (_normal(0, m, n) * 50).astype(dtype))()
+    x = jax.jit(lambda: (normal(0, m, n) * 50).astype(dtype))()
     variant = layout_config.Config(itemsize)
     return _case(layout.layout_transpose, (x,), layout_config.SOURCE, variant)
 
@@ -69,22 +69,16 @@ def _tiles(tiling: str, op: Callable, *operands: jax.Array) -> Case:
 
 def _case(op: Callable, operands: tuple[jax.Array, ...], source: str, variant: Any) -> Case:
     plain = functools.partial(op, implementation="xla")
-    results = jax.eval_shape(op, *operands)
-    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((operands, results)))
     return Case(
         program=Program(op, operands),
         flops=0,
-        bytes=moved,
+        bytes=nbytes((operands, jax.eval_shape(op, *operands))),
         peak="fp8",
         config=dataclasses.asdict(variant),
         variant=Variant(source, dataclasses.astuple(variant), cuda_device().arch),
         error=lambda result: float(_share_of_others(result, jax.jit(plain)(*operands))),
         others={"xla": Program(plain, operands)},
     )
-
-
-def _normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
 def _weights(m: int) -> jax.Array:
