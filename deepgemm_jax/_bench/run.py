@@ -18,7 +18,7 @@ import jax
 from .._progress import Progress
 from ..runtime import Variant, compile_variants
 from . import plot
-from .case import PEAK_GBS, PEAK_TFLOPS, Benchmark, Program
+from .case import PEAK_GBS, PEAK_TFLOPS, Benchmark, Case, Program
 from .registry import BENCHMARKS
 from .results import References, Results, Row, about, gpu_slug
 from .timing import ENTRY_POINT, ColdTimer, Timer, mean_us, repeat, timeline
@@ -122,6 +122,7 @@ def measure_all(
 ) -> int:
     """Measures and prints the rows; returns how many of them failed."""
     failures = 0
+    measured = []
     with Progress("bench", len(rows)) as progress:
         progress.print(_line(list(COLUMNS)))
         for benchmark, shape in rows:
@@ -129,12 +130,17 @@ def measure_all(
                 row = measure(benchmark, shape, timer)
                 row |= references.compare(row, benchmark.compared_with)
                 results.add(row)
+                measured.append((benchmark, shape, row))
                 progress.print(_line([text(row) for _, text in COLUMNS.values()]))
             except Exception:
                 # The next row may well succeed, and each costs time on a GPU.
                 failures += 1
                 progress.print(f"{benchmark.op} {shape} failed: {traceback.format_exc()}")
             progress.advance(f"{benchmark.op} {shape}")
+    # Last of all: once JAX's own profiler has run in a process, CUPTI drops records of the timer's.
+    for benchmark, shape, row in measured:
+        if shape in benchmark.chained:
+            results.add(row | measure_chain(benchmark.case(*shape)))
     print_summary(results.rows)
     return failures
 
@@ -159,22 +165,22 @@ def measure(benchmark: Benchmark, shape: tuple, timer: Timer) -> Row:
     }
     for name, program in case.others.items():
         row[f"{name}_us"] = mean_us(timer(compiled(program)), timer.calls)
-    if case.chain and shape in benchmark.chained:
-        row["chain_kernel_us"], row["chain_us"] = chain_us(case.chain(CHAIN))
     row["compile_ms"], row["cached_ms"] = compile_ms(case.variant)
     row["config"] = dict(case.config)
     return row
 
 
-def chain_us(chain: Program) -> tuple[float, float]:
-    """Of one of the chain's calls: its kernel's time, and its share of the time from the first
+def measure_chain(case: Case) -> Row:
+    """Of one of a chain's calls: its kernel's time, and its share of the time from the first
     kernel's start to the last one's end."""
-    call, repeats = compiled(chain), 10
+    assert case.chain is not None
+    call, repeats = compiled(case.chain(CHAIN)), 10
     jax.block_until_ready(call())
     events = timeline(lambda: repeat(call, repeats))
     own = [(name, end - start) for name, start, end in events if name == ENTRY_POINT]
     span = events[-1][2] - events[0][1]
-    return mean_us(own, repeats * CHAIN), span / (repeats * CHAIN)
+    calls = repeats * CHAIN
+    return {"chain_kernel_us": mean_us(own, calls), "chain_us": span / calls}
 
 
 def compiled(program: Program) -> Callable[[], Any]:
