@@ -174,6 +174,18 @@ __forceinline__ unsigned short load_shared_half(uint32_t shared) {
   return x;
 }
 
+__forceinline__ int load_shared_int(uint32_t shared) {
+  int x;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(shared) : "memory");
+  return x;
+}
+
+__forceinline__ void store_shared_quad(uint32_t shared, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 __forceinline__ void store_shared(uint32_t shared, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(x) : "memory");
 }

@@ -18,8 +18,7 @@ __forceinline__ uint32_t staged(uint32_t shared, int row, int chunk) {
 
 // A warp's 16 rows of accumulators as bfloat16.
 template <int box, int count>
-__forceinline__ void stage_rows(const float (&sum)[count], uint32_t shared) {
-  const int lane = threadIdx.x % 32;
+__forceinline__ void stage_rows(const float (&sum)[count], uint32_t shared, int lane) {
 #pragma unroll
   for (int j = 0; j < count / 4; j += 2) {
     const float* x = &sum[4 * j];
@@ -31,9 +30,8 @@ __forceinline__ void stage_rows(const float (&sum)[count], uint32_t shared) {
 // The first `rows` of the staged rows, `width` columns wide, to d and on, `columns` apart. There
 // are none if either is negative.
 template <int box>
-__forceinline__ void copy_rows(uint32_t shared, unsigned short* d, int rows, int width,
-                               int columns) {
-  const int lane = threadIdx.x % 32;
+__forceinline__ void copy_rows(uint32_t shared, unsigned short* d, int rows, int width, int columns,
+                               int lane) {
   const int chunks = ceil_div(max(width, 0), 8);
   for (int i = lane; i < rows * chunks; i += 32) {
     const int row = i / chunks, chunk = i % chunks;
@@ -52,11 +50,11 @@ __forceinline__ void copy_rows(uint32_t shared, unsigned short* d, int rows, int
 // `half` 0.
 template <bool accumulate, int count>
 __forceinline__ void store_row(const float (&sum)[count], int half, float* d, int column,
-                               int columns) {
+                               int columns, int lane) {
   const bool pairs = columns % 2 == 0;  // rows are 8-byte aligned
 #pragma unroll
   for (int i = half * 2; i < count; i += 4) {
-    const int at = column + i / 4 * 8 + threadIdx.x % 4 * 2;
+    const int at = column + i / 4 * 8 + lane % 4 * 2;
     if (pairs && at < columns) {
       if constexpr (accumulate) {
         add(d + at, sum[i], sum[i + 1]);
@@ -80,10 +78,10 @@ __forceinline__ void store_row(const float (&sum)[count], int half, float* d, in
 // The same, added to a row of bfloat16.
 template <int count>
 __forceinline__ void add_row(const float (&sum)[count], int half, unsigned short* d, int column,
-                             int columns) {
+                             int columns, int lane) {
 #pragma unroll
   for (int i = half * 2; i < count; i += 4) {
-    const int at = column + i / 4 * 8 + threadIdx.x % 4 * 2;
+    const int at = column + i / 4 * 8 + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (at + j >= columns) continue;

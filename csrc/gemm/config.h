@@ -7,6 +7,7 @@
 namespace deepgemm::gemm {
 
 constexpr int kRowBytes = 128;  // of an operand's tile along its contiguous dim: a swizzled row
+constexpr int kTileBytes = 32;  // that tell where a tile lies
 
 enum Scales {
   kNoScales,  // D = A B^T
@@ -57,8 +58,12 @@ struct Config {
   constexpr int d_bytes() const { return out_float32 ? 0 : block_m * block_n * 2; }
   constexpr int box_n() const { return block_n % 64 == 0 ? 64 : block_n % 32 == 0 ? 32 : 16; }
   constexpr int stage_bytes() const { return a_bytes() + b_bytes() + scale_bytes(); }
+  // What is told of so many tiles: of those that begin in the slots, the one that is being stored
+  // and the one before.
+  constexpr int tiles() const { return stages + 2; }
   constexpr int smem_bytes() const {
-    return d_bytes() + stages * (stage_bytes() + 2 * static_cast<int>(sizeof(unsigned long long)));
+    return d_bytes() + stages * (stage_bytes() + 2 * static_cast<int>(sizeof(unsigned long long))) +
+           tiles() * kTileBytes;
   }
 };
 

@@ -9,12 +9,13 @@
 //   shares loads with this one, has finished.
 //
 // The tensor core keeps about 14 bits of a running sum of FP8. So a product of FP8 is formed from
-// zero in `part` (multiply_and_promote), for one block of 128 or, without scales for each block,
-// for four, and then promoted with its scales into `sum`, in FP32. One consumer promotes while
-// another one's product runs. Products of bfloat16 add up in `sum` (multiply).
+// zero in `part` for each block of 128 and then promoted with its scales into `sum`, in FP32
+// (multiply_and_promote). One consumer promotes while another one's product runs. Products of
+// bfloat16 add up in `sum` (multiply).
 //
 // Grid: one CTA a multiprocessor; each cluster walks tiles in TileOrder. The loads of the next tile
-// begin while this one is being stored.
+// begin while this one is being stored. The copy thread, which has time, finds each tile and tells
+// the consumers where it lies (announce); the scale warps, which run ahead, find it themselves.
 #pragma once
 
 #include "device/ptx.cuh"
@@ -36,9 +37,7 @@ constexpr int kScaleWarps = config.scale_bytes() ? 2 : 0;
 // Registers move from the producer, which needs few, to the consumers; a launch gives each thread
 // the same share of 65,536, in multiples of 8, and the shares cannot grow beyond what it gave.
 constexpr int kLaunchRegisters = 65536 / config.threads() / 8 * 8;
-// Finding groups, or a scale for each column, takes more of them.
-constexpr bool kMoreRegisters = config.scales == kChannels || config.groups != kDense;
-constexpr int kProducerRegisters = config.consumers == 2 ? 40 : kMoreRegisters ? 56 : 32;
+constexpr int kProducerRegisters = config.consumers == 2 ? 40 : 56;
 constexpr int kConsumerRegisters =
     (kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / config.consumers) / 8 * 8;
 // One consumer gets enough from the launch.
@@ -54,7 +53,8 @@ struct Ring {
   static constexpr int kB = config.stages * config.a_bytes();
   static constexpr int kD = kB + config.stages * config.b_bytes();
   static constexpr int kScales = kD + config.d_bytes();
-  static constexpr int kFull = kScales + config.stages * config.scale_bytes();
+  static constexpr int kTiles = kScales + config.stages * config.scale_bytes();
+  static constexpr int kFull = kTiles + config.tiles() * kTileBytes;
   static constexpr int kEmpty = kFull + config.stages * 8;
 
   uint32_t a() const { return memory + slot * config.a_bytes(); }
@@ -64,6 +64,8 @@ struct Ring {
   uint32_t scale(int row, int which = 0) const {
     return memory + kScales + slot * config.scale_bytes() + (which * config.block_m + row) * 4;
   }
+  // Of a tile, counted round and round.
+  uint32_t tile(int number) const { return memory + kTiles + number * kTileBytes; }
   uint32_t full() const { return memory + kFull + slot * 8; }
   uint32_t empty() const { return memory + kEmpty + slot * 8; }
 
@@ -74,6 +76,8 @@ struct Ring {
     }
   }
 };
+
+__forceinline__ int next_tile(int number) { return number + 1 == config.tiles() ? 0 : number + 1; }
 
 // The tiles of this CTA, one after the other.
 struct Tiles {
@@ -95,13 +99,14 @@ struct Tiles {
   }
 
   __forceinline__ void locate() {
-    k0 = 0;
-    k_end = p.k;
+    k0 = k_end = 0;
     m_end = p.m;
     TileOrder order = p.order;
     if constexpr (config.groups == kDense) {
       done = index >= order.count();
+      if (done) return;
       const Tile t = order(index);
+      k_end = p.k;
       a_batch = b_batch = d_batch = t.batch;
       place(0, t);
     } else {
@@ -118,9 +123,11 @@ struct Tiles {
         k0 = span.start;
         k_end = span.end;
         span.start = 0;
-      } else if constexpr (config.groups == kContiguous) {
-        m_end = span.end;
-        if (span.group < 0) k_end = 0;
+      } else {
+        k0 = span.group < 0 ? p.blocks_k * config.block_k() : 0;
+        k_end = p.k;
+        span.group = max(span.group, 0);
+        if constexpr (config.groups == kContiguous) m_end = span.end;
       }
       a_batch = config.groups == kMasked ? number : 0;
       b_batch = config.groups == kAlongK ? 0 : span.group;
@@ -157,10 +164,12 @@ struct Tiles {
     locate();
   }
 
-  // Blocks of K, counted from K's beginning wherever the group's is.
+  // Blocks of K, counted from K's beginning wherever the group's is. There is one at least: where
+  // nothing is to be added up, of zeros, which lie behind K's end or are cut out.
+  __forceinline__ bool empty() const { return k_end <= k0; }
   __forceinline__ int first_block() const { return k0 / config.block_k(); }
   __forceinline__ int last_block() const {
-    return k_end > k0 ? ceil_div(k_end, config.block_k()) : first_block();
+    return empty() ? first_block() + 1 : ceil_div(k_end, config.block_k());
   }
 };
 
@@ -180,6 +189,15 @@ __forceinline__ void load(uint32_t shared, const TensorMap& map, uint32_t barrie
   }
 }
 
+// What the consumers are told of a tile, before its first slot is full. One without blocks, in a
+// slot without data, is the end.
+__forceinline__ void announce(uint32_t shared, const Tiles& tile) {
+  store_shared_quad(shared, make_uint4(tile.m0, tile.m_end, tile.n0, tile.d_batch));
+  const int first_block = tile.first_block();
+  store_shared_quad(shared + 16,
+                    make_uint4(tile.last_block() - first_block, first_block, tile.k0, tile.k_end));
+}
+
 __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   Tiles tile(p);
   // CTAs that share a tile load one part each and broadcast it.
@@ -189,10 +207,12 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   unsigned short a_peers = 0, b_peers = 0;
   for (int i = 0; i < config.cluster_n; ++i) a_peers |= 1 << (tile.m_rank + i * config.cluster_m);
   for (int i = 0; i < config.cluster_m; ++i) b_peers |= 1 << (i + tile.n_rank * config.cluster_m);
-  for (; !tile.done; tile.next()) {
+  int number = 0;
+  for (; !tile.done; tile.next(), number = next_tile(number)) {
     const int last_block = tile.last_block();
     for (int kb = tile.first_block(); kb < last_block; ++kb, ring.advance()) {
       barrier_wait(ring.empty(), ring.parity ^ 1);
+      if (kb == tile.first_block()) announce(ring.tile(number), tile);
       barrier_arrive_expect(ring.full(), config.a_bytes() + config.b_bytes());
       load<config.a_mn_major, a_rows, config.cluster_n>(ring.a() + a_part * kRowBytes, p.a,
                                                         ring.full(), kb, tile.m0 + a_part,
@@ -202,6 +222,9 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
                                                         tile.b_batch, b_peers);
     }
   }
+  barrier_wait(ring.empty(), ring.parity ^ 1);
+  store_shared_quad(ring.tile(number) + 16, make_uint4(0, 0, 0, 0));
+  barrier_arrive(ring.full());
 }
 
 // What one lane of the scale warps brings of each block of K.
@@ -220,7 +243,7 @@ struct LaneScales {
   };
 
   __forceinline__ LaneScales(const Params& p, const Tiles& tile, int lane)
-      : p(p), last_block(tile.last_block() - 1) {
+      : p(p), last_block(min(tile.last_block(), p.blocks_k) - 1) {
     const long long blocks_k = config.scales == kRows ? 1 : p.blocks_k;
     a = p.a_scale + tile.a_batch * blocks_k * p.m + tile.m0 + lane;
     a_rows = p.m - tile.m0 - lane;
@@ -232,6 +255,7 @@ struct LaneScales {
       b = p.b_scale + tile.b_batch * blocks_k * p.n + tile.n0 + lane;
       b_rows = p.n - tile.n0 - lane;
     }
+    if (tile.empty()) a_rows = b_rows = 0;
   }
 
   __forceinline__ void load(Block& x, int kb) const {
@@ -241,7 +265,9 @@ struct LaneScales {
     for (int j = 0; j < kA; ++j) x.a[j] = j * kStride < a_rows ? __ldg(a_block + j * kStride) : 0;
     if constexpr (config.scales == kBlocks) {
 #pragma unroll
-      for (int j = 0; j < kB; ++j) x.b[j] = __ldg(b + (j < b_rows ? j * p.blocks_k : 0) + kb);
+      for (int j = 0; j < kB; ++j) {
+        x.b[j] = b_rows > 0 ? __ldg(b + (j < b_rows ? j * p.blocks_k : 0) + kb) : 0;
+      }
     } else {
       const float* b_block = b + static_cast<long long>(kb) * p.n;
 #pragma unroll
@@ -274,7 +300,6 @@ __forceinline__ void copy_scales(const Params& p, Ring ring, int lane) {
   for (Tiles tile(p); !tile.done; tile.next()) {
     const LaneScales scales(p, tile, lane);
     const int first_block = tile.first_block(), last_block = tile.last_block();
-    if (first_block == last_block) continue;
     LaneScales::Block blocks[ahead];
 #pragma unroll
     for (int i = 0; i < ahead; ++i) scales.load(blocks[i], first_block + i);
@@ -291,33 +316,33 @@ __forceinline__ void copy_scales(const Params& p, Ring ring, int lane) {
       }
     }
   }
+  barrier_wait(ring.empty(), ring.parity ^ 1);
+  if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
 }
 
-// Where a scale is one for all of K, this many blocks' products are promoted as one.
-constexpr int kPromoteBlocks = config.scales == kRows ? 4 : 1;
-static_assert(kPromoteBlocks == 1 || kWaves == 1);
-
-using Sum = float[kWaves][config.block_n / 2];
 using Part = float[config.block_n / 2];
+using Sum = Part[kWaves];
 
 // One consumer's view of the ring.
 struct Reader {
   Ring ring;
   int first_row;  // of this consumer in the tile
   bool ready;
-  uint64_t a, b;
+  uint32_t a, b;  // the descriptors' low halves
 
   // What the next block's product needs is looked up before the previous one is promoted, off the
   // path from one product to the next.
   __forceinline__ void look_ahead() {
     constexpr int box = kRowBytes * config.block_k();
     ready = barrier_test(ring.full(), ring.parity);
-    a = tile_descriptor(ring.a() + first_row * kRowBytes, config.a_mn_major ? box : 0);
-    b = tile_descriptor(ring.b(), config.b_mn_major ? box : 0);
+    // Uniform, or each product would wait for its descriptors to be moved where it wants them.
+    a = uniform(tile_descriptor(ring.a() + first_row * kRowBytes, config.a_mn_major ? box : 0));
+    b = uniform(tile_descriptor(ring.b(), config.b_mn_major ? box : 0));
   }
 
   __forceinline__ void wait() {
     if (!ready) barrier_wait(ring.full(), ring.parity);
+    ready = true;
   }
 
   __forceinline__ void advance() {
@@ -326,14 +351,15 @@ struct Reader {
   }
 
   // Starts one block's product of a wave's rows.
-  __forceinline__ void product(float (&d)[config.block_n / 2], int wave, bool accumulate) const {
+  __forceinline__ void product(Part& d, int wave, bool accumulate) const {
     constexpr int a_step = config.a_mn_major ? 128 : 2, b_step = config.b_mn_major ? 128 : 2;
-    const uint64_t rows = a + wave * (kWaveRows * kRowBytes >> 4);
+    const uint32_t rows = a + wave * (kWaveRows * kRowBytes >> 4);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kRowBytes / 32; ++k) {
       wgmma<config.block_n, config.a_type, config.b_type, config.a_mn_major, config.b_mn_major>(
-          d, rows + a_step * k, b + b_step * k, accumulate || k);
+          d, whole_descriptor(rows + a_step * k), whole_descriptor(b + b_step * k),
+          accumulate || k);
     }
     wgmma_commit();
   }
@@ -349,10 +375,11 @@ __forceinline__ void release(const Ring& slot) {
   }
 }
 
-// Zeroes what lies outside the group's range of K in the slot of block kb.
-__forceinline__ void cut(const Ring& ring, const Tiles& tile, int kb) {
-  const int first = max(tile.k0 - kb * config.block_k(), 0);
-  const int end = min(tile.k_end - kb * config.block_k(), config.block_k());
+// Zeroes what lies outside the group's range of K in the slot of the tile's block i.
+__forceinline__ void cut(const Ring& ring, uint32_t tile, int i) {
+  const uint4 x = load_shared_quad(tile + 16);
+  const int k = (x.y + i) * config.block_k();
+  const int first = max(int(x.z) - k, 0), end = min(int(x.w) - k, config.block_k());
   if (first == 0 && end == config.block_k()) return;
   const auto cut_operand = [&](uint32_t shared, int rows, bool mn_major) {
     for (int i = threadIdx.x; i < rows * (kRowBytes / 4); i += config.consumers * 128) {
@@ -378,189 +405,226 @@ __forceinline__ void cut(const Ring& ring, const Tiles& tile, int kb) {
   named_barrier(1, config.consumers * 128);
 }
 
-// sum += scale * part; `boundary` is the tile's first column that takes the second scale.
+// sum += scale * part, with the scales of a row's first and second block of columns, of which the
+// second begins at `boundary`.
 __forceinline__ void promote(Part& sum, const Part& part, const float (&scale)[2][kScalesPerRow],
                              int boundary) {
-  // Opaque, lest the comparisons below are made once for all blocks and kept in registers.
-  if constexpr (kScalesPerRow == 2) asm volatile("" : "+r"(boundary));
+  // Tiles are aligned with so many columns, and so is the boundary.
+  constexpr int aligned = config.block_n & -config.block_n;
 #pragma unroll
-  for (int i = 0; i < config.block_n / 2; ++i) {
-    const float* s = scale[i / 2 % 2];  // of the upper or the lower row
-    sum[i] += (kScalesPerRow == 2 && i / 4 * 8 >= boundary ? s[kScalesPerRow - 1] : s[0]) * part[i];
+  for (int first = 0; first < config.block_n; first += aligned) {
+    float s[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool second = first >= 128 || first >= aligned && first >= boundary;
+      s[half] = kScalesPerRow == 2 && second ? scale[half][kScalesPerRow - 1] : scale[half][0];
+    }
+#pragma unroll
+    for (int i = first / 2; i < (first + aligned) / 2; ++i) {
+      sum[i] += s[i / 2 % 2] * part[i];
+    }
   }
 }
 
-// Scales of a few of a thread's columns, read from shared memory while others are in use.
-struct ColumnScales {
-  static constexpr int kFew = 2;  // chunks of eight columns, of which the thread has two each
-  float2 scales[kFew];
+// What a thread's elements of a product are multiplied by: the scales of their rows and columns.
+using Factors = Part;
 
-  __forceinline__ void load(uint32_t shared, int chunk) {
+__forceinline__ void load_factors(Factors& factors, const Ring& slot, int row) {
+  const float scale[2] = {load_shared(slot.scale(row)), load_shared(slot.scale(row + 8))};
 #pragma unroll
-    for (int i = 0; i < kFew; ++i) {
-      scales[i] = load_shared_pair(shared + (8 * (chunk + i) + threadIdx.x % 4 * 2) * 4);
+  for (int chunk = 0; chunk < config.block_n / 8; ++chunk) {
+    const float2 column = load_shared_pair(slot.scale(8 * chunk + threadIdx.x % 4 * 2, 1));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      factors[4 * chunk + 2 * half] = scale[half] * column.x;
+      factors[4 * chunk + 2 * half + 1] = scale[half] * column.y;
     }
+  }
+}
+
+// Where a warp's 16 rows of a tile's sums belong.
+struct Output {
+  int row, end;  // the first one, and the first that is not the tile's
+  int column, batch;
+
+  __forceinline__ Output(uint32_t tile, int row_in_tile) {
+    const uint4 x = load_shared_quad(tile);
+    row = x.x + row_in_tile;
+    end = x.y;
+    column = x.z;
+    batch = x.w;
+  }
+
+  __forceinline__ long long first(const Params& p) const {
+    return (static_cast<long long>(batch) * p.m + row) * p.n;
   }
 };
 
-// The same with a scale for each column too. `first` are those of the first columns.
-__forceinline__ void promote(Part& sum, const Part& part, const float (&scale)[2],
-                             ColumnScales first, uint32_t columns) {
-  ColumnScales next;
-#pragma unroll
-  for (int chunk = 0; chunk < config.block_n / 8; chunk += ColumnScales::kFew) {
-    if (chunk + ColumnScales::kFew < config.block_n / 8) {
-      next.load(columns, chunk + ColumnScales::kFew);
-    }
-#pragma unroll
-    for (int i = 0; i < ColumnScales::kFew; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = 4 * (chunk + i) + 2 * half;
-        sum[at] += scale[half] * (first.scales[i].x * part[at]);
-        sum[at + 1] += scale[half] * (first.scales[i].y * part[at + 1]);
-      }
-    }
-    first = next;
-  }
-}
-
-// One tile of FP8.
-__forceinline__ void multiply_and_promote(Sum& sum, Reader& reader, const Tiles& tile,
-                                          int warp_row) {
-  const int lane = threadIdx.x % 32;
-  const int boundary = 128 - tile.n0 % 128;
-  const int first_block = tile.first_block(), last_block = tile.last_block();
-  Part part;
-  for (int kb = first_block; kb < last_block; ++kb) {
-    reader.wait();
-    if constexpr (config.groups == kAlongK) cut(reader.ring, tile, kb);
-    const int block = (kb - first_block) % kPromoteBlocks;
-    const bool last = block == kPromoteBlocks - 1 || kb == last_block - 1;
-#pragma unroll
-    for (int w = 0; w < kWaves; ++w) {
-      pin(part);
-      reader.product(part, w, block > 0);
-      const int row = warp_row + lane / 4 + w * kWaveRows;
-      if constexpr (config.scales == kBlocks) {
-        float scale[2][kScalesPerRow];
-#pragma unroll
-        for (int i = 0; i < 2 * kScalesPerRow; ++i) {
-          const int half = i / kScalesPerRow, which = i % kScalesPerRow;
-          scale[half][which] = load_shared(reader.ring.scale(row + half * 8, which));
-        }
-        wgmma_wait<0>();
-        pin(part);
-        if (w == kWaves - 1) {
-          release(reader.ring);
-          reader.advance();
-        }
-        promote(sum[w], part, scale, boundary);
-      } else {
-        const float scale[2] = {load_shared(reader.ring.scale(row)),
-                                load_shared(reader.ring.scale(row + 8))};
-        ColumnScales columns;
-        columns.load(reader.ring.scale(0, 1), 0);
-        const Ring slot = reader.ring;
-        wgmma_wait<0>();
-        pin(part);
-        if (w == kWaves - 1) reader.advance();
-        if (last) promote(sum[w], part, scale, columns, slot.scale(0, 1));
-        if (w == kWaves - 1) release(slot);
-      }
-    }
-  }
-}
-
-// One tile of bfloat16: a block's product runs while the one before it retires.
-__forceinline__ void multiply(Sum& sum, Reader& reader, const Tiles& tile) {
-  const int first_block = tile.first_block(), last_block = tile.last_block();
-  Ring before = reader.ring;
-#pragma unroll
-  for (int w = 0; w < kWaves; ++w) pin(sum[w]);
-  for (int kb = first_block; kb < last_block; ++kb) {
-    reader.wait();
-    if constexpr (config.groups == kAlongK) cut(reader.ring, tile, kb);
-#pragma unroll
-    for (int w = 0; w < kWaves; ++w) reader.product(sum[w], w, true);
-    wgmma_wait<kWaves>();
-    if (kb > first_block) release(before);
-    before = reader.ring;
-    reader.advance();
-  }
-  wgmma_wait<0>();
-  if (last_block > first_block) release(before);
-#pragma unroll
-  for (int w = 0; w < kWaves; ++w) pin(sum[w]);
-}
-
-// Writes a warp's rows of a wave straight from registers.
-__forceinline__ void store(const Params& p, const Part& sum, const Tiles& tile, int first_row) {
+// Writes them straight from registers.
+__forceinline__ void store(const Params& p, const Part& sum, const Output& to, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = first_row + threadIdx.x % 32 / 4 + half * 8;
-    if (row >= tile.m_end) continue;
-    const long long first = (static_cast<long long>(tile.d_batch) * p.m + row) * p.n;
+    const int row = lane / 4 + half * 8;
+    if (to.row + row >= to.end) continue;
+    const long long first = to.first(p) + static_cast<long long>(row) * p.n;
     if constexpr (!config.out_float32) {
-      add_row(sum, half, static_cast<unsigned short*>(p.d) + first, tile.n0, p.n);
+      add_row(sum, half, static_cast<unsigned short*>(p.d) + first, to.column, p.n, lane);
     } else if (p.accumulate) {
-      store_row<true>(sum, half, static_cast<float*>(p.d) + first, tile.n0, p.n);
+      store_row<true>(sum, half, static_cast<float*>(p.d) + first, to.column, p.n, lane);
     } else {
-      store_row<false>(sum, half, static_cast<float*>(p.d) + first, tile.n0, p.n);
+      store_row<false>(sum, half, static_cast<float*>(p.d) + first, to.column, p.n, lane);
     }
   }
 }
 
-// Writes them as bfloat16 by way of shared memory. Each warp hands its own rows to the copy engine:
-// nothing outside the warp waits.
-__forceinline__ void store_staged(const Params& p, const Sum& sum, uint32_t shared,
-                                  const Tiles& tile, int warp_row) {
+// Writes a consumer's sums as bfloat16 by way of shared memory. Each warp hands its own rows to the
+// copy engine: nothing outside the warp waits.
+__forceinline__ void store_staged(const Params& p, const Sum& sum, const Ring& ring, uint32_t tile,
+                                  int warp_row) {
   constexpr int box = config.box_n();
-  const bool leader = threadIdx.x % 32 == 0;
-  if (leader) tma_store_wait_read();
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) tma_store_wait_read();
+  __syncwarp();
+  const auto staged = [&](int w) {
+    return ring.d() + (warp_row + w * kWaveRows) * config.block_n * 2;
+  };
+#pragma unroll
+  for (int w = 0; w < kWaves; ++w) stage_rows<box>(sum[w], staged(w), lane);
+  fence_shared_for_copy_engine();
   __syncwarp();
 #pragma unroll
   for (int w = 0; w < kWaves; ++w) {
-    const int row = tile.m0 + warp_row + w * kWaveRows;
-    const uint32_t rows = shared + (warp_row + w * kWaveRows) * config.block_n * 2;
-    stage_rows<box>(sum[w], rows);
-    fence_shared_for_copy_engine();
-    __syncwarp();
+    const Output to(tile, warp_row + w * kWaveRows);
     // The copy engine stops at the end of D, not at that of a group.
-    const int valid = min(tile.m_end - row, 16);
+    const int valid = min(to.end - to.row, 16);
     if (p.copy_engine && (config.groups != kContiguous || valid == 16)) {
-      if (!leader) continue;
+      if (lane != 0) continue;
       for (int i = 0; i < config.block_n / box; ++i) {
-        tma_store(&p.store, rows + i * 16 * box * 2, tile.n0 + i * box, row, tile.d_batch);
+        tma_store(&p.store, staged(w) + i * 16 * box * 2, to.column + i * box, to.row, to.batch);
       }
       tma_store_commit();
     } else {
-      const long long first = (static_cast<long long>(tile.d_batch) * p.m + row) * p.n;
-      copy_rows<box>(rows, static_cast<unsigned short*>(p.d) + first + tile.n0, valid,
-                     min(config.block_n, p.n - tile.n0), p.n);
+      copy_rows<box>(staged(w), static_cast<unsigned short*>(p.d) + to.first(p) + to.column, valid,
+                     min(config.block_n, p.n - to.column), p.n, lane);
     }
+  }
+}
+
+// Stores a consumer's sums, and starts them anew.
+__forceinline__ void finish(const Params& p, Sum& sum, const Ring& ring, int tile, int warp_row) {
+  if (!config.out_float32 && !p.accumulate) {
+    store_staged(p, sum, ring, ring.tile(tile), warp_row);
+  } else {
+#pragma unroll
+    for (int w = 0; w < kWaves; ++w) {
+      store(p, sum[w], Output(ring.tile(tile), warp_row + w * kWaveRows), threadIdx.x % 32);
+    }
+  }
+#pragma unroll
+  for (int w = 0; w < kWaves; ++w) {
+#pragma unroll
+    for (int i = 0; i < config.block_n / 2; ++i) sum[w][i] = 0;
+  }
+}
+
+// FP8: each product is promoted.
+__forceinline__ void multiply_and_promote(const Params& p, Reader reader, int warp_row) {
+  Sum sum = {};
+  Part part;
+  for (int tile = 0;; tile = next_tile(tile)) {
+    reader.wait();
+    const int blocks = uniform(load_shared_int(reader.ring.tile(tile) + 16));
+    if (blocks == 0) break;
+    const int boundary = 128 - int(uniform(load_shared_int(reader.ring.tile(tile) + 8)) % 128);
+    for (int i = 0; i < blocks; ++i) {
+      reader.wait();
+      if constexpr (config.groups == kAlongK) cut(reader.ring, reader.ring.tile(tile), i);
+#pragma unroll
+      for (int w = 0; w < kWaves; ++w) {
+        pin(part);
+        reader.product(part, w, false);
+        const Ring slot = reader.ring;
+        const int row = warp_row + w * kWaveRows + threadIdx.x % 32 / 4;
+        const auto retire = [&] {
+          wgmma_wait<0>();
+          pin(part);
+        };
+        const auto leave = [&] {
+          if (w < kWaves - 1) return;
+          release(slot);
+          reader.advance();
+        };
+        if constexpr (config.scales == kBlocks) {
+          float scale[2][kScalesPerRow];
+#pragma unroll
+          for (int j = 0; j < 2 * kScalesPerRow; ++j) {
+            const int half = j / kScalesPerRow, which = j % kScalesPerRow;
+            scale[half][which] = load_shared(slot.scale(row + half * 8, which));
+          }
+          retire();
+          leave();
+          promote(sum[w], part, scale, boundary);
+        } else if constexpr (config.scales == kChannels) {
+          Factors factors;
+          load_factors(factors, slot, row);
+          retire();
+          leave();
+#pragma unroll
+          for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += factors[j] * part[j];
+        } else {
+          retire();
+#pragma unroll
+          for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += part[j];
+          if (i == blocks - 1) {
+            Factors factors;
+            load_factors(factors, slot, row);
+#pragma unroll
+            for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] *= factors[j];
+          }
+          leave();
+        }
+      }
+    }
+    finish(p, sum, reader.ring, tile, warp_row);
+  }
+}
+
+// Bfloat16: products add up, and a block's runs while the one before it retires.
+__forceinline__ void multiply(const Params& p, Reader reader, int warp_row) {
+  Sum sum = {};
+  for (int tile = 0;; tile = next_tile(tile)) {
+    reader.wait();
+    const int blocks = uniform(load_shared_int(reader.ring.tile(tile) + 16));
+    if (blocks == 0) break;
+    Ring before = reader.ring;
+#pragma unroll
+    for (int w = 0; w < kWaves; ++w) pin(sum[w]);
+    for (int i = 0; i < blocks; ++i) {
+      reader.wait();
+      if constexpr (config.groups == kAlongK) cut(reader.ring, reader.ring.tile(tile), i);
+#pragma unroll
+      for (int w = 0; w < kWaves; ++w) reader.product(sum[w], w, true);
+      wgmma_wait<kWaves>();
+      if (i > 0) release(before);
+      before = reader.ring;
+      reader.advance();
+    }
+    wgmma_wait<0>();
+    release(before);
+#pragma unroll
+    for (int w = 0; w < kWaves; ++w) pin(sum[w]);
+    finish(p, sum, reader.ring, tile, warp_row);
   }
 }
 
 __forceinline__ void consume(const Params& p, Ring ring, int consumer) {
-  const int warp_row = consumer * kConsumerRows + threadIdx.x % 128 / 32 * 16;
   Reader reader{ring, consumer * kConsumerRows};
   reader.look_ahead();
-  for (Tiles tile(p); !tile.done; tile.next()) {
-    Sum sum = {};
-    if constexpr (config.scales == kNoScales) {
-      multiply(sum, reader, tile);
-    } else {
-      multiply_and_promote(sum, reader, tile, warp_row);
-    }
-    if (!config.out_float32 && !p.accumulate) {
-      store_staged(p, sum, ring.d(), tile, warp_row);
-    } else {
-#pragma unroll
-      for (int w = 0; w < kWaves; ++w) {
-        store(p, sum[w], tile, tile.m0 + warp_row + w * kWaveRows);
-      }
-    }
+  const int warp_row = reader.first_row + threadIdx.x % 128 / 32 * 16;
+  if constexpr (config.scales == kNoScales) {
+    multiply(p, reader, warp_row);
+  } else {
+    multiply_and_promote(p, reader, warp_row);
   }
   // Shared memory outlives what the copy engine still reads of it.
   if (threadIdx.x % 32 == 0) tma_store_wait_read();

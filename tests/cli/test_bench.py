@@ -114,7 +114,7 @@ def test_a_chain_calls_the_op_as_often_as_it_says(monkeypatch):
 
     monkeypatch.setattr(run, "CHAIN", 5)
     monkeypatch.setattr(run, "timeline", back_to_back)
-    row = run.measure(dataclasses.replace(GEMM, chained=[(16, 32, 48)]), (16, 32, 48), FakeTimer())
+    row = run.measure_chain(GEMM.case(16, 32, 48))
     assert row["chain_kernel_us"] == 3.0
     assert row["chain_us"] == pytest.approx(4.0 - 1 / 50)
 

@@ -130,7 +130,7 @@ def assert_refused(config, change, wanted):
     ("form", "change", "wanted"),
     [
         (FP8[1], {"block_n": 96}, "block_n a multiple of 64 with a scale for each column"),
-        (FP8[2], {"block_m": 256}, "block_m = 64 for each consumer with a scale for each column"),
+        (FP8[1], {"block_n": 192}, "at most 232 registers a thread, not 312"),
         (BF16[1], {"block_n": 96}, "loads of whole 64 rows where K is not contiguous"),
     ],
     ids=str,

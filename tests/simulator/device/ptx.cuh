@@ -138,6 +138,10 @@ inline uint4 load_shared_quad(uint32_t at) {
 inline unsigned short load_shared_half(uint32_t at) {
   return *reinterpret_cast<unsigned short*>(sim::shared(at, 2));
 }
+inline int load_shared_int(uint32_t at) { return *reinterpret_cast<int*>(sim::shared(at, 4)); }
+inline void store_shared_quad(uint32_t at, uint4 x) {
+  *reinterpret_cast<uint4*>(sim::shared(at, 16)) = x;
+}
 inline void store_shared(uint32_t at, float x) {
   *reinterpret_cast<float*>(sim::shared(at, 4)) = x;
 }
