@@ -70,7 +70,9 @@ def m_grouped_fp8_gemm_nt_contiguous(
     M may be 0; N is at least 16, K a multiple of 16.
 
     Returns:
-      D, [M, N] of `preferred_element_type`. Rows that are padding are zero.
+      D, [M, N] of `preferred_element_type`. Rows that are padding are zero. With the environment
+      variable `DEEPGEMM_JAX_DEBUG_GROUPS` set when a call is traced, each run of it logs a warning if
+      numbers that tell the groups were out of range.
 
     Raises:
       TypeError: an operand is no scaled array, or of another dtype.
@@ -594,6 +596,8 @@ def _masked(which, a, b, masked_m, zero_fill, params):
         masked_m = masked_m.sum(1, dtype=jnp.int32)
     masked_m = groups.integers(which.name, "masked_m", masked_m, shape[:1])
     rows = shape[1] if len(shape) > 1 else 0
+    outside = (masked_m < 0) | (masked_m > rows)
+    groups.report(which.name, f"masked_m outside of 0 to {rows}", outside)
     masked_m = groups.clamp(masked_m, rows)
     d = which(*a, *b, masked_m, params=params)
     if not zero_fill:

@@ -1,11 +1,27 @@
 """Which rows are whose. All of it is computed on the device, and defined for any numbers."""
 
+import functools
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from .._core.op import logger
+
 PADDING = -1  # the id of a row of no group
+
+
+def report(op: str, what: str, wrong: jax.Array) -> None:
+    """Where ``DEEPGEMM_JAX_DEBUG_GROUPS`` is set as a call is traced, each run of it logs a warning
+    if numbers that tell the groups had to be clamped."""
+    if os.environ.get("DEEPGEMM_JAX_DEBUG_GROUPS"):
+        jax.debug.callback(functools.partial(_warn, op, what), wrong.sum())
+
+
+def _warn(op: str, what: str, count: Any) -> None:
+    if count:
+        logger.warning("%s: %s: %d of them", op, what, count)
 
 
 def spans(sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -64,7 +80,9 @@ def row_ids(
         return ids(*row_spans(op, rows, groups, group_sizes, group_offsets), rows)
     m_indices = integers(op, "m_indices", m_indices, (rows,))
     # Compared before it is cast: a wide id must not become a narrow one that is in range.
-    found = (m_indices >= 0) & (_widen(m_indices) < groups)
+    wide = _widen(m_indices)
+    report(op, f"m_indices that are no group's of {groups} nor -1", (wide < -1) | (wide >= groups))
+    found = (m_indices >= 0) & (wide < groups)
     return jnp.where(found, m_indices.astype(jnp.int32), PADDING)
 
 
@@ -75,12 +93,23 @@ def row_spans(
     _exactly_one(op, group_sizes=group_sizes, group_offsets=group_offsets)
     if group_offsets is None:
         wanted = None if groups is None else (groups,)
-        return spans(integers(op, "group_sizes", group_sizes, wanted), rows)
+        sizes = integers(op, "group_sizes", group_sizes, wanted)
+        report_sizes(op, sizes, rows)
+        return spans(sizes, rows)
     wanted = None if groups is None else (groups + 1,)
     offsets = integers(op, "group_offsets", group_offsets, wanted)
     if not offsets.size:
         raise ValueError(f"{op}: group_offsets has shape (0,), wanted one more than groups")
+    wide = _widen(offsets)
+    report(op, f"group_offsets outside of 0 to {rows}", (wide < 0) | (wide > rows))
+    report(op, "group_offsets less than the one before", wide[1:] < wide[:-1])
     return spans_of_offsets(offsets, rows)
+
+
+def report_sizes(op: str, sizes: jax.Array, rows: int) -> None:
+    report(op, "negative group_sizes", sizes < 0)
+    total = jnp.maximum(sizes, 0).sum(-1, dtype=jnp.float32)
+    report(op, f"group_sizes that add up to more than the {rows} rows", total > rows)
 
 
 def integers(op: str, name: str, x: Any, shape: tuple[int, ...] | None) -> jax.Array:

@@ -235,6 +235,7 @@ def _ragged_dot_general(
         sharded=group_offset is not None,
     )
     dims = _Dims.of(numbers, len(lhs.shape), len(rhs.shape))
+    groups.report_sizes(name, group_sizes, lhs.shape[dims.ragged])
     first, last = _spans(dims, lhs.shape, rhs.shape, group_sizes, group_offset)
     if all(scaled) and (which := _scaled_op(dims, lhs, rhs)):
         dtype = result.dtype if result.dtype in (jnp.bfloat16, jnp.float32) else jnp.float32

@@ -13,6 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import FLOAT8, assert_close, on_each_platform, put
 
+from deepgemm_jax import m_grouped_bf16_gemm_nn_contiguous
+
 M, N, K, G = 70, 136, 144, 4
 
 # Where both recipes and both layouts are what matters, and not each with each.
@@ -265,3 +267,29 @@ def test_no_kernel_and_no_derivative(form):
 def test_example_of_the_docstring(form):
     (case,) = doctest.DocTestFinder(recurse=False).find(form.function, form.name)
     assert doctest.DocTestRunner().run(case).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("spelling", "said"),
+    [
+        ({"group_sizes": [-1, 20, 30, 20]}, "negative group_sizes: 1 of them"),
+        ({"group_sizes": [1, 20, 30, 20]}, "more than the 70 rows: 1 of them"),
+        ({"group_offsets": [0, 20, 30, 40, 71]}, "outside of 0 to 70: 1 of them"),
+        ({"group_offsets": [0, 20, 10, 40, 60]}, "less than the one before: 1 of them"),
+        ({"m_indices": [-2, 4, *[-1] * 68]}, "no group's of 4 nor -1: 2 of them"),
+    ],
+)
+def test_numbers_out_of_range_are_reported_if_that_is_wished(monkeypatch, caplog, spelling, said):
+    a, b = Form("m_grouped_bf16_gemm_nn_contiguous").problem(3, M, N, K, G)
+    spelling = {name: np.array(x, np.int32) for name, x in spelling.items()}
+
+    def call():
+        run = jax.jit(lambda a, b, x: m_grouped_bf16_gemm_nn_contiguous(a, b, **x))
+        jax.block_until_ready(run(a, b, spelling))
+        jax.effects_barrier()
+
+    call()
+    assert not caplog.records
+    monkeypatch.setenv("DEEPGEMM_JAX_DEBUG_GROUPS", "1")
+    call()
+    assert [said in record.getMessage() for record in caplog.records] == [True]
