@@ -71,8 +71,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
     Returns:
       D, [M, N] of `preferred_element_type`. Rows that are padding are zero. With the environment
-      variable `DEEPGEMM_JAX_DEBUG_GROUPS` set when a call is traced, each run of it logs a warning if
-      numbers that tell the groups were out of range.
+      variable `DEEPGEMM_JAX_DEBUG_GROUPS` set when a call is traced, each run of it logs a warning
+      if numbers that tell the groups were out of range.
 
     Raises:
       TypeError: an operand is no scaled array, or of another dtype.
