@@ -16,16 +16,12 @@ namespace deepgemm {
 // K-major: a row is of M or N. Adding 2 moves 32 bytes along K.
 // MN-major: a row is of K and holds 64 of M or N; the next 64 are `box_bytes` further. Adding 128
 // moves 16 rows along K.
-__forceinline__ uint64_t whole_descriptor(uint32_t low_half) {
+__forceinline__ uint64_t tile_descriptor(uint32_t shared, uint32_t box_bytes = 0) {
   constexpr uint64_t swizzle_128b = 1ull << 62;
   constexpr uint64_t eight_rows = (1024ull >> 4) << 32;
-  return swizzle_128b | eight_rows | low_half;
-}
-
-__forceinline__ uint64_t tile_descriptor(uint32_t shared, uint32_t box_bytes = 0) {
   // In a cluster an address names its CTA above these bits.
   const uint32_t in_cta = shared & 0x3ffff;
-  return whole_descriptor(box_bytes >> 4 << 16 | in_cta >> 4);
+  return swizzle_128b | eight_rows | static_cast<uint64_t>(box_bytes >> 4) << 16 | in_cta >> 4;
 }
 
 __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -9,9 +9,9 @@
 //   shares loads with this one, has finished.
 //
 // The tensor core keeps about 14 bits of a running sum of FP8. So a product of FP8 is formed from
-// zero in `part` for each block of 128 and then promoted with its scales into `sum`, in FP32
-// (multiply_and_promote). One consumer promotes while another one's product runs. Products of
-// bfloat16 add up in `sum` (multiply).
+// zero in `part`, for each block of 128 (multiply_and_promote) or, where scales are the same for
+// all of K, for four of them (multiply), and then promoted into `sum`, in FP32. One consumer
+// promotes while another one's product runs. Products of bfloat16 add up in `sum`.
 //
 // Grid: one CTA a multiprocessor; each cluster walks tiles in TileOrder. The loads of the next tile
 // begin while this one is being stored. The copy thread, which has time, finds each tile and tells
@@ -330,16 +330,15 @@ struct Reader {
   Ring ring;
   int first_row;  // of this consumer in the tile
   bool ready;
-  uint32_t a, b;  // the descriptors' low halves
+  uint64_t a, b;
 
   // What the next block's product needs is looked up before the previous one is promoted, off the
   // path from one product to the next.
   __forceinline__ void look_ahead() {
     constexpr int box = kRowBytes * config.block_k();
     ready = barrier_test(ring.full(), ring.parity);
-    // Uniform, or each product would wait for its descriptors to be moved where it wants them.
-    a = uniform(tile_descriptor(ring.a() + first_row * kRowBytes, config.a_mn_major ? box : 0));
-    b = uniform(tile_descriptor(ring.b(), config.b_mn_major ? box : 0));
+    a = tile_descriptor(ring.a() + first_row * kRowBytes, config.a_mn_major ? box : 0);
+    b = tile_descriptor(ring.b(), config.b_mn_major ? box : 0);
   }
 
   __forceinline__ void wait() {
@@ -358,13 +357,12 @@ struct Reader {
   template <class F>
   __forceinline__ void product(Part& d, int wave, bool accumulate, F meanwhile) const {
     constexpr int a_step = config.a_mn_major ? 128 : 2, b_step = config.b_mn_major ? 128 : 2;
-    const uint32_t rows = a + wave * (kWaveRows * kRowBytes >> 4);
+    const uint64_t rows = a + wave * (kWaveRows * kRowBytes >> 4);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       wgmma<config.block_n, config.a_type, config.b_type, config.a_mn_major, config.b_mn_major>(
-          d, whole_descriptor(rows + a_step * step), whole_descriptor(b + b_step * step),
-          accumulate || step);
+          d, rows + a_step * step, b + b_step * step, accumulate || step);
       meanwhile(step);
     }
     wgmma_commit();
@@ -496,7 +494,9 @@ __forceinline__ void store(const Params& p, const Part& sum, const Output& to, i
 __forceinline__ void store_staged(const Params& p, const Sum& sum, const Ring& ring, uint32_t tile,
                                   int warp_row) {
   constexpr int box = config.box_n();
-  const int lane = threadIdx.x % 32;
+  // Opaque, lest all addresses are found once for all tiles and kept in registers.
+  int lane = threadIdx.x % 32;
+  asm volatile("" : "+r"(lane));
   if (lane == 0) tma_store_wait_read();
   __syncwarp();
   const auto staged = [&](int w) {
@@ -580,7 +580,7 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader, int wa
           retire();
           leave();
           promote(sum[w], part, scale, boundary);
-        } else if constexpr (config.scales == kChannels) {
+        } else {
           Factors factors(slot, row);
           reader.product(part, w, false, [&](int step) {
             if (step < kSteps - 1) factors.load(slot, step, kSteps - 1);
@@ -589,18 +589,6 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader, int wa
           leave();
 #pragma unroll
           for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += factors.all[j] * part[j];
-        } else {
-          reader.product(part, w, false, [](int) {});
-          retire();
-#pragma unroll
-          for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += part[j];
-          if (i == blocks - 1) {
-            Factors factors(slot, row);
-            factors.load(slot, 0, 1);
-#pragma unroll
-            for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] *= factors.all[j];
-          }
-          leave();
         }
       }
     }
@@ -608,30 +596,54 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader, int wa
   }
 }
 
-// Bfloat16: products add up, and a block's runs while the one before it retires.
+// Without scales of blocks: a block's product runs while the one before it retires. Those of
+// bfloat16 add up in `sum`; of FP8 so many add up before they are promoted, and the sum is scaled
+// at last.
+constexpr int kAddUp = 4;
+
 __forceinline__ void multiply(const Params& p, Reader reader, int warp_row) {
+  constexpr bool promotes = config.scales == kRows;
+  static_assert(!promotes || kWaves == 1);
   Sum sum = {};
+  Part part;
+  const auto pin_all = [&] {
+#pragma unroll
+    for (int w = 0; w < kWaves; ++w) pin(sum[w]);
+    if constexpr (promotes) pin(part);
+  };
   for (int tile = 0;; tile = next_tile(tile)) {
     reader.wait();
     const int blocks = uniform(load_shared_int(reader.ring.tile(tile) + 16));
     if (blocks == 0) break;
     Ring before = reader.ring;
-#pragma unroll
-    for (int w = 0; w < kWaves; ++w) pin(sum[w]);
+    pin_all();
     for (int i = 0; i < blocks; ++i) {
       reader.wait();
       if constexpr (config.groups == kAlongK) cut(reader.ring, reader.ring.tile(tile), i);
 #pragma unroll
-      for (int w = 0; w < kWaves; ++w) reader.product(sum[w], w, true, [](int) {});
+      for (int w = 0; w < kWaves; ++w) {
+        reader.product(promotes ? part : sum[w], w, !promotes || i % kAddUp > 0, [](int) {});
+      }
       wgmma_wait<kWaves>();
       if (i > 0) release(before);
       before = reader.ring;
       reader.advance();
+      if (promotes && (i % kAddUp == kAddUp - 1 || i == blocks - 1)) {
+        wgmma_wait<0>();
+        pin_all();
+#pragma unroll
+        for (int j = 0; j < config.block_n / 2; ++j) sum[0][j] += part[j];
+      }
     }
     wgmma_wait<0>();
-    release(before);
+    pin_all();
+    if constexpr (promotes) {
+      Factors factors(before, warp_row + threadIdx.x % 32 / 4);
+      factors.load(before, 0, 1);
 #pragma unroll
-    for (int w = 0; w < kWaves; ++w) pin(sum[w]);
+      for (int j = 0; j < config.block_n / 2; ++j) sum[0][j] *= factors.all[j];
+    }
+    release(before);
     finish(p, sum, reader.ring, tile, warp_row);
   }
 }
@@ -640,7 +652,7 @@ __forceinline__ void consume(const Params& p, Ring ring, int consumer) {
   Reader reader{ring, consumer * kConsumerRows};
   reader.look_ahead();
   const int warp_row = reader.first_row + threadIdx.x % 128 / 32 * 16;
-  if constexpr (config.scales == kNoScales) {
+  if constexpr (config.scales == kNoScales || config.scales == kRows) {
     multiply(p, reader, warp_row);
   } else {
     multiply_and_promote(p, reader, warp_row);

@@ -142,6 +142,8 @@ class Config(AnyConfig):
         yield from super()._form(problem)
         if problem.scales in ("channels", "rows"):
             yield self.block_n % 64 == 0, "block_n a multiple of 64 with a scale for each column"
+        if problem.scales == "rows":
+            yield self._waves == 1, "block_m = 64 for each consumer with a scale for each row"
         for part, mn_major in (
             (self.block_m // self.cluster_n, problem.a_mn_major),
             (self.block_n // self.cluster_m, problem.b_mn_major),

@@ -20,7 +20,7 @@ BY_NAME = {form.name: form for form in FORMS}
         ("blocks float8_e4m3fn", jnp.bfloat16, (256, 128), False),
         ("blocks float8_e5m2", jnp.bfloat16, (128, 160), True),
         ("channels float8_e4m3fn", jnp.float32, (128, 128), True),
-        ("rows float8_e4m3fn", jnp.bfloat16, (256, 128), False),
+        ("rows float8_e4m3fn", jnp.bfloat16, (192, 128), False),
         ("bf16 nt", jnp.float32, (128, 256), False),
         ("bf16 tn", jnp.bfloat16, (128, 256), False),
         ("contiguous sorted", jnp.bfloat16, (192, 128), False),

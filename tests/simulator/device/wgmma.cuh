@@ -5,10 +5,9 @@
 
 namespace deepgemm {
 
-// Where a tile starts in this CTA's shared memory, and how far the next box is.
-inline uint64_t whole_descriptor(uint32_t low_half) { return low_half; }
+// Where a tile starts, how far the next box is, and the CTA whose it is.
 inline uint64_t tile_descriptor(uint32_t shared, uint32_t box_bytes = 0) {
-  return box_bytes >> 4 << 16 | (shared & 0x3ffff) >> 4;
+  return static_cast<uint64_t>(box_bytes) << 32 | shared >> 4;
 }
 
 inline void wgmma_fence() {}
@@ -45,8 +44,8 @@ inline float decode(const char* p, int type) {
 template <int type, bool mn_major>
 void read_row(uint64_t descriptor, int row, float (&x)[32]) {
   constexpr int bytes = type == kBfloat16 ? 2 : 1;
-  const uint32_t start = sim::self().cta->rank << 24 | (descriptor & 0x3fff) << 4;
-  const uint32_t box = descriptor >> 16 << 4;
+  const uint32_t start = static_cast<uint32_t>(descriptor) << 4;
+  const uint32_t box = descriptor >> 32;
   for (int k = 0; k < 32 / bytes; ++k) {
     const uint32_t at = mn_major ? start + row / 64 * box + k * 128 + row % 64 * bytes
                                  : start + row * 128 + k * bytes;
