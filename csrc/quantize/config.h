@@ -8,16 +8,16 @@ namespace deepgemm::quantize {
 constexpr int kBlock = 128;  // elements along a dim that share a scale
 
 // What sm90_rows.cuh quantises.
-enum Function : int { kCast, kGated, kGatedBackward };
+enum Function : int { kCast, kActivated, kActivatedBackward, kGated, kGatedBackward };
 enum Activation : int { kSilu, kGelu, kGeluTanh };
 
 struct RowsParams {
   const void* x;         // [m, k], or gate and up beside each other: [m, 2 k]
-  const void* dy;        // [m, k], for the backward pass
+  const void* dy;        // [m, k], for a backward pass
   const float* weights;  // [m] or null
-  unsigned char* data;   // as x in the backward pass, otherwise [m, k]
+  unsigned char* data;   // as x in a backward pass, otherwise [m, k]
   float* scale;          // [blocks of data's columns, m]
-  float* d_weights;      // [m, blocks], in the backward pass: sums over the columns of a block
+  float* d_weights;      // [m, blocks], in a backward pass: sums over the columns of a block
   int m, k;
   int round_up;  // scales to powers of two
 
@@ -30,9 +30,16 @@ struct RowsConfig {
   int float32;     // operands are float32, otherwise bfloat16
   int e5m2;        // the result is float8_e5m2, otherwise float8_e4m3fn
 
+  constexpr bool gated() const { return function == kGated || function == kGatedBackward; }
+  constexpr bool backward() const {
+    return function == kActivatedBackward || function == kGatedBackward;
+  }
+  // Of each element of a block: x, or gate and up; and dy.
+  constexpr int inputs() const { return 1 + gated() + backward(); }
+  constexpr int outputs() const { return function == kGatedBackward ? 2 : 1; }
+
   constexpr int threads() const { return 256; }
-  // That a warp quantises at once. Of each, the backward pass has three inputs and two results.
-  constexpr int rows_per_warp() const { return function == kGatedBackward ? 4 : 8; }
+  constexpr int rows_per_warp() const { return inputs() > 2 ? 4 : 8; }  // quantised at once
   constexpr int ctas(const RowsParams& p) const {
     return ceil_div(ceil_div(p.m, rows_per_warp()) * p.blocks(), threads() / 32);
   }

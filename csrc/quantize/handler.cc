@@ -36,19 +36,18 @@ ffi::Error rows_execute(jit::CUstream stream, RowsState* state, ffi::AnyBuffer x
                         ffi::Result<ffi::AnyBuffer> scale, ffi::RemainingRets d_weights) {
   return jit::guarded(kOp, [&] {
     const RowsConfig& config = state->config;
-    const bool backward = config.function == kGatedBackward;
-    const size_t weights = backward ? 1 : 0;
+    const size_t weights = config.backward() ? 1 : 0;
     RowsParams params = {};
     params.x = x.untyped_data();
-    if (backward) params.dy = more.get<ffi::AnyBuffer>(0)->untyped_data();
+    if (config.backward()) params.dy = more.get<ffi::AnyBuffer>(0)->untyped_data();
     if (more.size() > weights) {
       params.weights = address<const float>(*more.get<ffi::AnyBuffer>(weights));
     }
     params.data = address<unsigned char>(*data);
     params.scale = address<float>(*scale);
-    if (backward) params.d_weights = address<float>(**d_weights.get<ffi::AnyBuffer>(0));
+    if (config.backward()) params.d_weights = address<float>(**d_weights.get<ffi::AnyBuffer>(0));
     params.m = x.dimensions()[0];
-    params.k = x.dimensions()[1] / (config.function == kCast ? 1 : 2);
+    params.k = x.dimensions()[1] / (config.gated() ? 2 : 1);
     params.round_up = state->round_up;
 
     void* args[] = {&params};

@@ -1,9 +1,13 @@
 // data[m, n] = FP8(y[m, n] / scale[m, n / 128]),  scale = max over the 128 columns |y| / largest
 //
-//   cast:      y = x[m, n]
-//   gated:     y = w[m] f(x[m, n]) x[m, k + n]
-//   backward:  y = the gradients of gate and up, of n and k + n:
-//              w dy f'(gate) up  and  w dy f(gate);  d_weights = sum of dy f(gate) up
+//   cast:       y = x[m, n]
+//   activated:  y = w[m] f(x[m, n])
+//   gated:      y = w[m] f(x[m, n]) x[m, k + n]
+//
+// and backward, where d_weights are the sums over a block's columns of dy times the rest of y but w,
+//
+//   activated:  y = w dy f'(x)
+//   gated:      y = the gradients of gate and up, of n and k + n:  w dy f'(gate) up,  w dy f(gate)
 //
 // A warp takes a block of 128 columns in a few rows, half of them for each of its halves:
 //
@@ -24,8 +28,8 @@ namespace deepgemm::quantize {
 
 constexpr RowsConfig config{CONFIG};
 
-constexpr int kInputs = config.function == kCast ? 1 : config.function == kGated ? 2 : 3;
-constexpr int kOutputs = config.function == kGatedBackward ? 2 : 1;
+constexpr int kInputs = config.inputs();
+constexpr int kOutputs = config.outputs();
 constexpr int kRows = config.rows_per_warp() / 2;  // of each half
 
 using Input = Vector<config.float32>;
@@ -36,18 +40,18 @@ __forceinline__ float compute(const Input (&inputs)[kInputs], float weight,
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    if constexpr (config.function == kCast) {
-      y[0][i] = inputs[0][i];
-    } else {
+    y[0][i] = inputs[0][i];
+    if constexpr (config.function != kCast) {
       const Activated f = activate<config.activation>(inputs[0][i]);
-      const float up = inputs[1][i];
-      if constexpr (config.function == kGated) {
-        y[0][i] = f.value * up * weight;
-      } else {
-        const float dy = inputs[2][i];
+      float up = 1;
+      if constexpr (config.gated()) up = inputs[1][i];
+      if constexpr (config.backward()) {
+        const float dy = inputs[kInputs - 1][i];
         sum += dy * f.value * up;
         y[0][i] = dy * weight * up * f.slope;
-        y[1][i] = dy * weight * f.value;
+        if constexpr (config.gated()) y[1][i] = dy * weight * f.value;
+      } else {
+        y[0][i] = f.value * up * weight;
       }
     }
   }
@@ -71,10 +75,10 @@ __forceinline__ void quantise(const RowsParams& p, int block, int row0) {
   for (int row = 0; row < kRows; ++row) {
     weight[row] = 1;
     if (!valid(row)) continue;
-    inputs[row][0].load(x + at(row, kInputs > 1 ? 2 : 1));
-    if constexpr (kInputs > 1) inputs[row][1].load(x + at(row, 2) + p.k);
-    if constexpr (kInputs > 2) inputs[row][2].load(dy + at(row, 1));
-    if (kInputs > 1 && p.weights) weight[row] = p.weights[row0 + row];
+    inputs[row][0].load(x + at(row, config.gated() ? 2 : 1));
+    if constexpr (config.gated()) inputs[row][1].load(x + at(row, 2) + p.k);
+    if constexpr (config.backward()) inputs[row][kInputs - 1].load(dy + at(row, 1));
+    if (config.function != kCast && p.weights) weight[row] = p.weights[row0 + row];
   }
 
   float y[kRows][kOutputs][kVector], sums[kRows];
@@ -107,7 +111,7 @@ __forceinline__ void quantise(const RowsParams& p, int block, int row0) {
       if (valid(row)) *reinterpret_cast<uint2*>(data + at(row, kOutputs)) = bytes;
     }
   }
-  if constexpr (config.function == kGatedBackward) {
+  if constexpr (config.backward()) {
     const float sum = reduce_over_16_lanes(sums, [](float x, float y) { return x + y; });
     if (owns_row) p.d_weights[(row0 + lane) * (long long)p.blocks() + block] = sum;
   }

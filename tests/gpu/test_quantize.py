@@ -22,6 +22,8 @@ from oracles import put
 
 from deepgemm_jax import fp8_gemm_nt, get_mn_major_tma_aligned_tensor, layout_transpose
 from deepgemm_jax.quantize import (
+    activation_quantize,
+    activation_quantize_backward,
     per_block_cast_to_fp8,
     per_channel_cast_to_fp8,
     per_token_cast_to_fp8,
@@ -138,17 +140,24 @@ def test_batches():
 
 @pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-def test_gated(activation, x_dtype):
+@pytest.mark.parametrize(
+    ("forward", "backward", "parts"),
+    [
+        (swiglu_quantize, swiglu_quantize_backward, 2),
+        (activation_quantize, activation_quantize_backward, 1),
+    ],
+)
+def test_activations(forward, backward, parts, activation, x_dtype):
     rng = np.random.default_rng(0)
     m, h = 301, 384
-    x = (rng.normal(size=(m, 2 * h)) * 3).astype(x_dtype)
+    x = (rng.normal(size=(m, parts * h)) * 3).astype(x_dtype)
     dy = rng.normal(size=(m, h)).astype(x_dtype)
     weights = rng.random(m).astype(np.float32)
     for given in ((), (weights,)):
-        y = kernel(swiglu_quantize, activation=activation)(x, *given)
-        assert_close(y, plain(swiglu_quantize, x, *given, activation=activation))
-        dx, dw = kernel(swiglu_quantize_backward, activation=activation)(x, dy, *given)
-        wanted_dx, wanted_dw = plain(swiglu_quantize_backward, x, dy, *given, activation=activation)
+        y = kernel(forward, activation=activation)(x, *given)
+        assert_close(y, plain(forward, x, *given, activation=activation))
+        dx, dw = kernel(backward, activation=activation)(x, dy, *given)
+        wanted_dx, wanted_dw = plain(backward, x, dy, *given, activation=activation)
         assert_close(dx, wanted_dx)
         if given:
             np.testing.assert_allclose(dw, wanted_dw, rtol=1e-4, atol=1e-4)

@@ -12,6 +12,8 @@ from kernel_simulator import SimulatedKernel, aligned, unwritten
 
 from deepgemm_jax import ScaledArray
 from deepgemm_jax.quantize import (
+    activation_quantize,
+    activation_quantize_backward,
     config,
     per_block_cast_to_fp8,
     per_channel_cast_to_fp8,
@@ -105,37 +107,45 @@ def test_rows_of_every_bfloat16(rows):
 ACTIVATIONS = [("silu", jnp.bfloat16), ("gelu", jnp.float32), ("gelu_tanh", jnp.bfloat16)]
 
 
+@pytest.mark.parametrize("parts", [2, 1])
 @pytest.mark.parametrize(("activation", "x_dtype"), ACTIVATIONS)
-def test_gated(rows, activation, x_dtype):
+def test_activations(rows, activation, x_dtype, parts):
     m, k = 21, 392
     rng = np.random.default_rng(0)
-    x = aligned((rng.normal(size=(m, 2 * k)) * 3).astype(x_dtype))
+    x = aligned((rng.normal(size=(m, parts * k)) * 3).astype(x_dtype))
     weights = rng.random(m).astype(np.float32)
     data, (memory, scale) = unwritten((m, k), FP8[0]), column_major((m, blocks(k)))
-    kernel = rows("gated", activation, x_dtype, FP8[0])
+    function, op = [("activated", activation_quantize), ("gated", swiglu_quantize)][parts - 1]
+    kernel = rows(function, activation, x_dtype, FP8[0])
     for given in ((weights,), ()):
         kernel(
             x=x, weights=given[0] if given else None, data=data, scale=memory, m=m, k=k, round_up=0
         )
-        wanted = swiglu_quantize(x, *given, activation=activation)
-        assert_close(ScaledArray(data, scale), wanted)
+        assert_close(ScaledArray(data, scale), op(x, *given, activation=activation))
 
 
+BACKWARD = [
+    ("activated_backward", activation_quantize_backward, 136),
+    ("gated_backward", swiglu_quantize_backward, 256),
+]
+
+
+@pytest.mark.parametrize("parts", [2, 1])
 @pytest.mark.parametrize(("activation", "x_dtype"), ACTIVATIONS)
-def test_gated_backward(rows, activation, x_dtype):
-    m, k = 13, 256
+def test_their_gradients(rows, activation, x_dtype, parts):
+    m, (function, op, k) = 13, BACKWARD[parts - 1]
     rng = np.random.default_rng(0)
-    x = aligned((rng.normal(size=(m, 2 * k)) * 3).astype(x_dtype))
+    x = aligned((rng.normal(size=(m, parts * k)) * 3).astype(x_dtype))
     dy = aligned(rng.normal(size=(m, k)).astype(x_dtype))
     weights = rng.random(m).astype(np.float32)
-    data, (memory, scale) = unwritten((m, 2 * k), FP8[0]), column_major((m, 2 * blocks(k)))
+    data, (memory, scale) = unwritten(x.shape, FP8[0]), column_major((m, parts * blocks(k)))
     d_weights = unwritten((m, blocks(k)), np.float32)
-    kernel = rows("gated_backward", activation, x_dtype, FP8[0])
+    kernel = rows(function, activation, x_dtype, FP8[0])
     kernel(
         x=x, dy=dy, weights=weights, data=data, scale=memory, d_weights=d_weights, m=m, k=k,
         round_up=0,
     )  # fmt: skip
-    wanted, wanted_weights = swiglu_quantize_backward(x, dy, weights, activation=activation)
+    wanted, wanted_weights = op(x, dy, weights, activation=activation)
     assert_close(ScaledArray(data, scale), wanted)
     np.testing.assert_allclose(d_weights.sum(axis=1), wanted_weights, rtol=1e-4, atol=1e-4)
 
