@@ -8,7 +8,14 @@ namespace deepgemm::quantize {
 constexpr int kBlock = 128;  // elements along a dim that share a scale
 
 // What sm90_rows.cuh quantises.
-enum Function : int { kCast, kActivated, kActivatedBackward, kGated, kGatedBackward };
+enum Function : int {
+  kCast,
+  kScaled,  // a cast by scales that are given
+  kActivated,
+  kActivatedBackward,
+  kGated,
+  kGatedBackward
+};
 enum Activation : int { kSilu, kGelu, kGeluTanh };
 
 struct RowsParams {
@@ -16,7 +23,7 @@ struct RowsParams {
   const void* dy;        // [m, k], for a backward pass
   const float* weights;  // [m] or null
   unsigned char* data;   // as x in a backward pass, otherwise [m, k]
-  float* scale;          // [blocks of data's columns, m]
+  float* scale;          // [blocks of data's columns, m]; or given, [m]
   float* d_weights;      // [m, blocks], in a backward pass: sums over the columns of a block
   int m, k;
   int round_up;  // scales to powers of two
@@ -31,6 +38,7 @@ struct RowsConfig {
   int e5m2;        // the result is float8_e5m2, otherwise float8_e4m3fn
 
   constexpr bool gated() const { return function == kGated || function == kGatedBackward; }
+  constexpr bool activates() const { return function != kCast && function != kScaled; }
   constexpr bool backward() const {
     return function == kActivatedBackward || function == kGatedBackward;
   }

@@ -1,10 +1,11 @@
 // data[m, n] = FP8(y[m, n] / scale[m, n / 128]),  scale = max over the 128 columns |y| / largest
 //
-//   cast:       y = x[m, n]
+//   cast:       y = x[m, n], by its own scale or by one that is given for row m
 //   activated:  y = w[m] f(x[m, n])
 //   gated:      y = w[m] f(x[m, n]) x[m, k + n]
 //
-// and backward, where d_weights are the sums over a block's columns of dy times the rest of y but w,
+// and backward, where d_weights are the sums over a block's columns of dy times the rest of y but
+// w,
 //
 //   activated:  y = w dy f'(x)
 //   gated:      y = the gradients of gate and up, of n and k + n:  w dy f'(gate) up,  w dy f(gate)
@@ -41,7 +42,7 @@ __forceinline__ float compute(const Input (&inputs)[kInputs], float weight,
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     y[0][i] = inputs[0][i];
-    if constexpr (config.function != kCast) {
+    if constexpr (config.activates()) {
       const Activated f = activate<config.activation>(inputs[0][i]);
       float up = 1;
       if constexpr (config.gated()) up = inputs[1][i];
@@ -69,6 +70,9 @@ __forceinline__ void quantise(const RowsParams& p, int block, int row0) {
 
   const auto* x = static_cast<const Input::Element*>(p.x);
   const auto* dy = static_cast<const Input::Element*>(p.dy);
+  const bool owns_row = lane < kRows && row0 + lane < p.m;
+  float given = 1;
+  if (config.function == kScaled && owns_row) given = p.scale[row0 + lane];
   Input inputs[kRows][kInputs];
   float weight[kRows];
 #pragma unroll
@@ -78,31 +82,32 @@ __forceinline__ void quantise(const RowsParams& p, int block, int row0) {
     inputs[row][0].load(x + at(row, config.gated() ? 2 : 1));
     if constexpr (config.gated()) inputs[row][1].load(x + at(row, 2) + p.k);
     if constexpr (config.backward()) inputs[row][kInputs - 1].load(dy + at(row, 1));
-    if (config.function != kCast && p.weights) weight[row] = p.weights[row0 + row];
+    if (config.activates() && p.weights) weight[row] = p.weights[row0 + row];
   }
 
   float y[kRows][kOutputs][kVector], sums[kRows];
 #pragma unroll
   for (int row = 0; row < kRows; ++row) sums[row] = compute(inputs[row], weight[row], y[row]);
 
-  const bool owns_row = lane < kRows && row0 + lane < p.m;
 #pragma unroll
   for (int output = 0; output < kOutputs; ++output) {
-    float amax[kRows];
+    float scale = given;  // of row lane % kRows
+    if constexpr (config.function != kScaled) {
+      float amax[kRows];
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      if constexpr (config.function == kCast) {
-        amax[row] = inputs[row][0].amax();
-      } else {
-        amax[row] = y[row][output][0];
+      for (int row = 0; row < kRows; ++row) {
+        if constexpr (config.function == kCast) {
+          amax[row] = inputs[row][0].amax();
+        } else {
+          amax[row] = y[row][output][0];
 #pragma unroll
-        for (int i = 1; i < kVector; ++i) amax[row] = larger(amax[row], y[row][output][i]);
+          for (int i = 1; i < kVector; ++i) amax[row] = larger(amax[row], y[row][output][i]);
+        }
       }
+      scale = scale_of<config.e5m2>(reduce_over_16_lanes(amax, larger), p.round_up);
+      if (owns_row) p.scale[(block + output * p.blocks()) * (long long)p.m + row0 + lane] = scale;
     }
-    // Of row lane % kRows.
-    const float scale = scale_of<config.e5m2>(reduce_over_16_lanes(amax, larger), p.round_up);
     const float reciprocal = __frcp_rn(scale);
-    if (owns_row) p.scale[(block + output * p.blocks()) * (long long)p.m + row0 + lane] = scale;
     unsigned char* data = p.data + output * p.k;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {

@@ -123,13 +123,16 @@ per_block_cast_to_fp8 = _cast(
 
 def _cast_with_scale(name: str) -> Op:
     """Given the scale of each row: what it is of is up to the caller, and XLA divides the search
-    for the largest magnitude better than any rule for an op would."""
+    for the largest magnitude among devices better than any rule for an op would."""
     return Op(
         name,
         operands={"x": f"{FLOAT}[m k]", "scale": "float32[m]"},
         results={"data": "dtype[m k]"},
         limits={"k": (1, 1)},
         reference=reference.cast_with_scale,
+        kernel=_kernel(
+            "rows", lambda params, dtype: config.rows("scaled", "silu", dtype, params.dtype)
+        ),
         derivative=DERIVATIVE,
         batched=True,
         fold=("m",),

@@ -17,6 +17,7 @@ from deepgemm_jax.quantize import (
     config,
     per_block_cast_to_fp8,
     per_channel_cast_to_fp8,
+    per_row_cast_to_fp8,
     per_token_cast_to_fp8,
     quantize_transpose,
     swiglu_quantize,
@@ -101,6 +102,16 @@ def test_rows_of_every_bfloat16(rows):
     kernel = rows("cast", "silu", jnp.bfloat16, FP8[0])
     kernel(x=aligned(x), data=data, scale=memory, m=len(x), k=128, round_up=0)
     wanted = per_token_cast_to_fp8(x)
+    assert_same(ScaledArray(data, scale), wanted.data, wanted.scale)
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype"), [form[:2] for form in FORMS])
+def test_rows_with_scales_that_are_given(rows, x_dtype, dtype):
+    m, k = 37, 392
+    x, data = spoilt((m, k), x_dtype), unwritten((m, k), dtype)
+    scale = np.random.default_rng(1).lognormal(size=(m, 1)).astype(np.float32)
+    rows("scaled", "silu", x_dtype, dtype)(x=x, data=data, scale=aligned(scale), m=m, k=k)
+    wanted = per_row_cast_to_fp8(x, scale, dtype=dtype)
     assert_same(ScaledArray(data, scale), wanted.data, wanted.scale)
 
 

@@ -165,14 +165,9 @@ def test_lowers_for_a_gpu(name, caplog):
     with caplog.at_level(logging.WARNING, "deepgemm_jax"):
         assert "custom_call" not in lower(call, *given, implementation="xla")
         text = lower(call, *given)
-    if name in GLOBAL:
-        assert "custom_call" not in text
-        with pytest.raises(NotImplementedError, match=f"^{name} has no kernel"):
-            lower(call, *given, implementation="cuda")
-    else:
-        assert "custom_call @deepgemm_jax_quantize" in text
-        assert lower(call, *given, implementation="cuda") == text
-        assert not caplog.records
+    assert "custom_call @deepgemm_jax_quantize" in text
+    assert lower(call, *given, implementation="cuda") == text
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
