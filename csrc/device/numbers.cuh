@@ -1,5 +1,5 @@
-// PTX on numbers that has no CUDA C++ spelling without headers, and a load for what is read once.
-// Names follow the PTX ISA; see its sections on max, cvt, ex2 and ld.
+// PTX on numbers that has no CUDA C++ spelling without headers, a load for what is read once, and
+// stores of what is read next. Names follow the PTX ISA; see its sections on max, cvt, ex2, ld, st.
 #pragma once
 
 #include "device/ptx.cuh"
@@ -14,6 +14,22 @@ __forceinline__ uint4 load_once(const void* address) {
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(address));
   return x;
+}
+
+// Results, which the next kernel reads: everything else leaves L2 before them, and first of all what
+// was read once. Without that, memory is kept busy by writing them at once.
+constexpr uint64_t kKeepInL2 = 0x14F0000000000000;  // evict_last, as createpolicy encodes it
+
+__forceinline__ void store_result(void* address, uint2 x) {
+  asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(address), "r"(x.x),
+               "r"(x.y), "l"(kKeepInL2)
+               : "memory");
+}
+
+__forceinline__ void store_result(void* address, uint4 x) {
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "l"(kKeepInL2)
+               : "memory");
 }
 
 // The larger magnitude, with some sign; NaN if either is.

@@ -82,7 +82,7 @@ __forceinline__ void transpose_tile(const Params& p, uint4* tile) {
 #pragma unroll
   for (int i = 0; i < kRows; ++i, row += (long long)kSide * pitch) {
     if (m >= p.m || n0 + i * kSide + down >= p.n) continue;
-    *reinterpret_cast<uint4*>(row) = staged(tile, i * kSide + down, across);
+    store_result(row, staged(tile, i * kSide + down, across));
   }
 }
 

@@ -10,7 +10,8 @@ constexpr int kBlock = 128;  // elements along a dim that share a scale
 // What sm90_rows.cuh quantises.
 enum Function : int {
   kCast,
-  kScaled,  // a cast by scales that are given
+  kScaled,     // a cast by scales that are given
+  kWholeRows,  // a cast with one scale a row
   kActivated,
   kActivatedBackward,
   kGated,
@@ -23,7 +24,7 @@ struct RowsParams {
   const void* dy;        // [m, k], for a backward pass
   const float* weights;  // [m] or null
   unsigned char* data;   // as x in a backward pass, otherwise [m, k]
-  float* scale;          // [blocks of data's columns, m]; or given, [m]
+  float* scale;          // [blocks of data's columns, m]; of whole rows, or given, [m]
   float* d_weights;      // [m, blocks], in a backward pass: sums over the columns of a block
   int m, k;
   int round_up;  // scales to powers of two
@@ -38,7 +39,7 @@ struct RowsConfig {
   int e5m2;        // the result is float8_e5m2, otherwise float8_e4m3fn
 
   constexpr bool gated() const { return function == kGated || function == kGatedBackward; }
-  constexpr bool activates() const { return function != kCast && function != kScaled; }
+  constexpr bool activates() const { return function >= kActivated; }
   constexpr bool backward() const {
     return function == kActivatedBackward || function == kGatedBackward;
   }
@@ -48,7 +49,17 @@ struct RowsConfig {
 
   constexpr int threads() const { return 256; }
   constexpr int rows_per_warp() const { return inputs() > 2 ? 4 : 8; }  // quantised at once
+  // Of whole rows a thread has so many vectors of eight elements: of one row, or of several.
+  static constexpr int kHeld = 8;
+  constexpr int held_elements() const { return kHeld * threads() * 8; }
+  constexpr int whole_rows(const RowsParams& p) const {  // of a CTA: 8, 4, 2 or 1
+    int rows = kHeld;
+    while (rows > 1 && rows * p.k > held_elements()) rows /= 2;
+    return rows;
+  }
+
   constexpr int ctas(const RowsParams& p) const {
+    if (function == kWholeRows) return ceil_div(p.m, whole_rows(p));
     return ceil_div(ceil_div(p.m, rows_per_warp()) * p.blocks(), threads() / 32);
   }
 };

@@ -1,6 +1,6 @@
 // data[m, n] = FP8(y[m, n] / scale[m, n / 128]),  scale = max over the 128 columns |y| / largest
 //
-//   cast:       y = x[m, n], by its own scale or by one that is given for row m
+//   cast:       y = x[m, n], by this scale, by one that is given for row m, or by one of all of it
 //   activated:  y = w[m] f(x[m, n])
 //   gated:      y = w[m] f(x[m, n]) x[m, k + n]
 //
@@ -113,13 +113,57 @@ __forceinline__ void quantise(const RowsParams& p, int block, int row0) {
     for (int row = 0; row < kRows; ++row) {
       const float of_row = __shfl_sync(0xffffffff, reciprocal, row, 16);
       const uint2 bytes = quantised<config.e5m2>(y[row][output], [&](int) { return of_row; });
-      if (valid(row)) *reinterpret_cast<uint2*>(data + at(row, kOutputs)) = bytes;
+      if (valid(row)) store_result(data + at(row, kOutputs), bytes);
     }
   }
   if constexpr (config.backward()) {
     const float sum = reduce_over_16_lanes(sums, [](float x, float y) { return x + y; });
     if (owns_row) p.d_weights[(row0 + lane) * (long long)p.blocks() + block] = sum;
   }
+}
+
+// Casts with one scale a row. A CTA holds a row in registers, or several shorter ones: of each
+// thread's vectors, `per_row` neighbours are of one row.
+__forceinline__ void quantise_whole_rows(const RowsParams& p) {
+  constexpr int kHeld = RowsConfig::kHeld, kWarps = config.threads() / 32;
+  const int rows = config.whole_rows(p), per_row = kHeld / rows;
+  const int row0 = blockIdx.x * rows;
+  const auto for_vectors = [&](auto* array, auto f) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int row = row0 + i * rows / kHeld;
+      const int column = ((i & (per_row - 1)) * config.threads() + threadIdx.x) * kVector;
+      f(i, array + (long long)row * p.k + column, row < p.m && column < p.k);
+    }
+  };
+
+  Input x[kHeld];
+  for_vectors(static_cast<const Input::Element*>(p.x), [&](int i, auto* address, bool valid) {
+    if (valid) x[i].load(address);
+  });
+  __shared__ float of_warps[kWarps][kHeld];
+  const int lane = threadIdx.x % 32, own = lane % kHeld;
+  float amax[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) amax[i] = x[i].amax();
+  float largest = reduce_over_16_lanes(amax, larger);  // of all lanes' vectors `own`
+  largest = larger(largest, __shfl_xor_sync(0xffffffff, largest, 16));
+  if (lane < kHeld) of_warps[threadIdx.x / 32][lane] = largest;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) largest = larger(largest, of_warps[i][own]);
+  for (int step = 1; step < per_row; step *= 2) {
+    largest = larger(largest, __shfl_xor_sync(0xffffffff, largest, step));
+  }
+  const float scale = scale_of<config.e5m2>(largest, p.round_up);
+  const int row = row0 + own * rows / kHeld;
+  if (threadIdx.x < kHeld && (own & (per_row - 1)) == 0 && row < p.m) p.scale[row] = scale;
+  const float reciprocal = __frcp_rn(scale);
+  for_vectors(p.data, [&](int i, unsigned char* address, bool valid) {
+    const float of_row = __shfl_sync(0xffffffff, reciprocal, i);
+    const uint2 bytes = quantised<config.e5m2>(x[i], [&](int) { return of_row; });
+    if (valid) store_result(address, bytes);
+  });
 }
 
 }  // namespace deepgemm::quantize
@@ -129,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(deepgemm::quantize::config.threads(
   using namespace deepgemm::quantize;
   deepgemm::wait_for_previous_kernel();
   deepgemm::let_next_kernel_start();
+  if constexpr (config.function == kWholeRows) return quantise_whole_rows(p);
   const unsigned warp = (blockIdx.x * config.threads() + threadIdx.x) / 32;
   const int rows = warp / unsigned(p.blocks()) * config.rows_per_warp();
   if (rows < p.m) quantise(p, warp % unsigned(p.blocks()), rows + threadIdx.x / 16 % 2 * kRows);

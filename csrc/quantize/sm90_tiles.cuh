@@ -110,7 +110,7 @@ struct Tile {
   __forceinline__ void store(const float (&reciprocal)[kVector]) {
     for_rows(p.data, [&](int i, unsigned char* address, bool valid) {
       const uint2 bytes = quantised<config.e5m2>(x[i], [&](int j) { return reciprocal[j]; });
-      if (valid) *reinterpret_cast<uint2*>(address) = bytes;
+      if (valid) store_result(address, bytes);
     });
   }
 
@@ -196,7 +196,7 @@ struct Tile {
     for_rows(p.data, [&](int i, unsigned char* address, bool valid) {
       const float same = __shfl_sync(0xffffffff, of_row, i, 16);
       const uint2 bytes = quantised<config.e5m2>(x[i], [&](int) { return same; });
-      if (valid) *reinterpret_cast<uint2*>(address) = bytes;
+      if (valid) store_result(address, bytes);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         const float above = y[j];
@@ -223,7 +223,7 @@ struct Tile {
       const uint4 bytes = shared.columns[of_x][t_unit ^ of_x / kVector % 8];
       if (k0 + of_x < p.k && t0 < p.t_rows) {
         const long long at = ((long long)batch * p.k + k0 + of_x) * p.t_rows + t0;
-        *reinterpret_cast<uint4*>(p.t_data + at) = bytes;
+        store_result(p.t_data + at, bytes);
       }
     }
   }

@@ -18,10 +18,11 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from .._core.op import Op
 from ..scaled import BLOCK, ScaledArray, pack_ue8m0
-from . import op, reference
+from . import config, op, reference
 
 SCALE_FORMATS = ("float32", "ue8m0", "packed_ue8m0")
 
@@ -165,6 +166,13 @@ def per_row_cast_to_fp8(
         >>> per_row_cast_to_fp8(jnp.ones((2, 300)))
         ScaledArray(float8_e4m3fn[2,300], scale=float32[2,1])
     """
+    x = jnp.asarray(x)
+    if scale is None and _has_whole_rows(x):
+        _not_packed("per_row_cast_to_fp8", scale_format)
+        row_cast = op.whole_rows_cast_to_fp8
+        params = op.CastParams(implementation, *_formats(row_cast.name, dtype, scale_format))
+        data, scale = row_cast(x, params=params)
+        return ScaledArray(data, scale[:, None])
     return _cast_whole(op.per_row_cast_to_fp8, 1, x, scale, dtype, scale_format, implementation)
 
 
@@ -538,6 +546,18 @@ ScaledArray(float8_e4m3fn[8,256,384], scale=float32[8,2,3])
 def _cast(op_: Op, x: Any, dtype: Any, scale_format: str, implementation: str | None):
     params = op.CastParams(implementation, *_formats(op_.name, dtype, scale_format))
     return _scaled(op_(jnp.asarray(x), params=params), scale_format)
+
+
+def _has_whole_rows(x: jax.Array) -> bool:
+    """Whether they are known to be undivided among devices, and few enough to be cast as a whole:
+    then a kernel finds the scale too, and reads x once. Of Auto axes a type does not tell."""
+    if x.ndim != 2 or x.shape[1] > config.WHOLE_ROW:
+        return False
+    sharding = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    auto = any(kind == AxisType.Auto and mesh.shape[name] > 1 for name, kind in axes)
+    return not auto and sharding.spec[-1] is None
 
 
 def _cast_whole(

@@ -142,6 +142,21 @@ def _cast_with_scale(name: str) -> Op:
 per_row_cast_to_fp8 = _cast_with_scale("per_row_cast_to_fp8")
 per_tensor_cast_to_fp8 = _cast_with_scale("per_tensor_cast_to_fp8")
 
+whole_rows_cast_to_fp8 = Op(
+    "per_row_cast_to_fp8",
+    operands={"x": f"{FLOAT}[m k]"},
+    results={"data": "dtype[m k]", "scale": "float32[m]"},
+    limits={"k": (1, 1)},
+    reference=reference.cast_whole_rows,
+    kernel=_kernel(
+        "rows", lambda params, dtype: config.rows("whole_rows", "silu", dtype, params.dtype)
+    ),
+    derivative=DERIVATIVE,
+    batched=True,
+    fold=("m",),
+    whole=("k",),
+)
+
 
 def _refuses_transposed(params, operands):
     m = operands[0].shape[-2]

@@ -79,6 +79,11 @@ def cast_with_scale(params, x, scale):
     return [narrow(widen(x), scale[..., None], params.dtype)]
 
 
+def cast_whole_rows(params, x):
+    scale = scale_of(largest_magnitude(widen(x), axis=-1), params)
+    return [*cast_with_scale(params, x, scale), scale]
+
+
 def quantize_transpose(params, x):
     return [*cast(params, x), *cast(params, jnp.swapaxes(x, -1, -2))]
 

@@ -115,6 +115,18 @@ def test_rows_with_scales_that_are_given(rows, x_dtype, dtype):
     assert_same(ScaledArray(data, scale), wanted.data, wanted.scale)
 
 
+@pytest.mark.parametrize(("x_dtype", "dtype", "scale_format"), FORMS)
+def test_whole_rows(rows, x_dtype, dtype, scale_format):
+    kernel = rows("whole_rows", "silu", x_dtype, dtype)
+    for m, k in ((11, 392), (3, 2048), (5, 4000), (2, 8192), (3, config.WHOLE_ROW)):
+        x, data = random_input(0, (m, k), x_dtype), unwritten((m, k), dtype)
+        x[1, 5], x[0, -1] = np.nan, 100
+        scale = unwritten((m, 1), np.float32)
+        kernel(x=aligned(x), data=data, scale=scale, m=m, k=k, round_up=scale_format != "float32")
+        wanted = per_row_cast_to_fp8(x, dtype=dtype, scale_format=scale_format)
+        assert_same(ScaledArray(data, scale), wanted.data, wanted.scale)
+
+
 ACTIVATIONS = [("silu", jnp.bfloat16), ("gelu", jnp.float32), ("gelu_tanh", jnp.bfloat16)]
 
 

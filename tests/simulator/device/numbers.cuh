@@ -7,6 +7,11 @@ namespace deepgemm {
 
 inline uint4 load_once(const void* address) { return *static_cast<const uint4*>(address); }
 
+template <class T>
+void store_result(void* address, T x) {
+  *static_cast<T*>(address) = x;
+}
+
 inline float larger(float x, float y) {
   if (std::isnan(x) || std::isnan(y)) return NAN;
   const float magnitude = max(fabsf(x), fabsf(y));
