@@ -16,8 +16,8 @@ __forceinline__ uint4 load_once(const void* address) {
   return x;
 }
 
-// Results, which the next kernel reads: everything else leaves L2 before them, and first of all what
-// was read once. Without that, memory is kept busy by writing them at once.
+// Results, which the next kernel reads: everything else leaves L2 before them, and first of all
+// what was read once. Without that, memory is kept busy by writing them at once.
 constexpr uint64_t kKeepInL2 = 0x14F0000000000000;  // evict_last, as createpolicy encodes it
 
 __forceinline__ void store_result(void* address, uint2 x) {

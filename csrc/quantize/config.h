@@ -89,7 +89,7 @@ struct TilesConfig {
   int float32;
   int e5m2;
 
-  constexpr int threads() const { return 128; }
+  constexpr int threads() const { return 256; }
   // What warps tell each other of columns, and the tile on its way to the transposed.
   constexpr int smem_bytes() const { return (threads() / 32 + 1) * kBlock * 4 + kBlock * kBlock; }
   // One for each tile, and one for each 128 rows of x, which may be of no group.
