@@ -49,11 +49,12 @@ __forceinline__ void transpose_tile(const Params& p, uint4* tile) {
   {
     const int n = n0 + across * kRows, m = m0 + down * kRows;
     const int pitch = p.n * config.element_bytes;
+    const uint64_t policy = policy_of_reads(2ll * p.batch * p.m * pitch);
     const unsigned char* row = p.x + (batch + (long long)m * p.n + n) * config.element_bytes;
 #pragma unroll
     for (int i = 0; i < kRows; ++i, row += pitch) {
       if (n >= p.n || m + i >= p.m) continue;
-      const uint4 words = load_once(row);
+      const uint4 words = load_once(row, policy);
       x[i][0] = words.x, x[i][1] = words.y, x[i][2] = words.z, x[i][3] = words.w;
     }
   }

@@ -47,8 +47,12 @@ struct RowsConfig {
   constexpr int inputs() const { return 1 + gated() + backward(); }
   constexpr int outputs() const { return function == kGatedBackward ? 2 : 1; }
 
+  constexpr long long bytes(const RowsParams& p) const {  // read and written, but for scales
+    return (long long)p.m * p.k * ((float32 ? 4 : 2) * inputs() + outputs());
+  }
+
   constexpr int threads() const { return 256; }
-  constexpr int rows_per_warp() const { return inputs() > 2 ? 4 : 8; }  // quantised at once
+  static constexpr int kRowsPerWarp = 4;  // quantised at once
   // Of whole rows a thread has so many vectors of eight elements: of one row, or of several.
   static constexpr int kHeld = 8;
   constexpr int held_elements() const { return kHeld * threads() * 8; }
@@ -60,7 +64,7 @@ struct RowsConfig {
 
   constexpr int ctas(const RowsParams& p) const {
     if (function == kWholeRows) return ceil_div(p.m, whole_rows(p));
-    return ceil_div(ceil_div(p.m, rows_per_warp()) * p.blocks(), threads() / 32);
+    return ceil_div(ceil_div(p.m, kRowsPerWarp) * p.blocks(), threads() / 32);
   }
 };
 
@@ -88,6 +92,11 @@ struct TilesConfig {
   int tiling;  // a Tiling
   int float32;
   int e5m2;
+
+  constexpr long long bytes(const TilesParams& p) const {  // read and written, but for scales
+    const int of_element = (float32 ? 4 : 2) + (tiling == kBothWays ? 2 : 1);
+    return (long long)p.batch * p.m * p.k * of_element;
+  }
 
   constexpr int threads() const { return 256; }
   // What warps tell each other of columns, and the tile on its way to the transposed.

@@ -4,8 +4,7 @@
 //   activated:  y = w[m] f(x[m, n])
 //   gated:      y = w[m] f(x[m, n]) x[m, k + n]
 //
-// and backward, where d_weights are the sums over a block's columns of dy times the rest of y but
-// w,
+// and backward, where d_weights are a block's sums of dy times the rest of y but w,
 //
 //   activated:  y = w dy f'(x)
 //   gated:      y = the gradients of gate and up, of n and k + n:  w dy f'(gate) up,  w dy f(gate)
@@ -15,11 +14,10 @@
 //              16 lanes x 8 columns
 //   row 0      lane 0 | 1 | ... | 15
 //   ...        the same lanes           all rows' loads first, then their scales, then the stores
-//   row 4      lane 16 | ... | 31
+//   row 2      lane 16 | ... | 31
 //   ...
 //
-// Neighbouring rows have neighbouring scales, as the GEMM reads them: what a warp writes of these
-// is a sector of memory.
+// Neighbouring rows have neighbouring scales, as the GEMM reads them.
 #pragma once
 
 #include "quantize/activation.cuh"
@@ -31,7 +29,7 @@ constexpr RowsConfig config{CONFIG};
 
 constexpr int kInputs = config.inputs();
 constexpr int kOutputs = config.outputs();
-constexpr int kRows = config.rows_per_warp() / 2;  // of each half
+constexpr int kRows = RowsConfig::kRowsPerWarp / 2;  // of each half
 
 using Input = Vector<config.float32>;
 
@@ -71,6 +69,7 @@ __forceinline__ void quantise(const RowsParams& p, int block, int row0) {
   const auto* x = static_cast<const Input::Element*>(p.x);
   const auto* dy = static_cast<const Input::Element*>(p.dy);
   const bool owns_row = lane < kRows && row0 + lane < p.m;
+  const uint64_t policy = policy_of_reads(config.bytes(p));
   float given = 1;
   if (config.function == kScaled && owns_row) given = p.scale[row0 + lane];
   Input inputs[kRows][kInputs];
@@ -79,9 +78,9 @@ __forceinline__ void quantise(const RowsParams& p, int block, int row0) {
   for (int row = 0; row < kRows; ++row) {
     weight[row] = 1;
     if (!valid(row)) continue;
-    inputs[row][0].load(x + at(row, config.gated() ? 2 : 1));
-    if constexpr (config.gated()) inputs[row][1].load(x + at(row, 2) + p.k);
-    if constexpr (config.backward()) inputs[row][kInputs - 1].load(dy + at(row, 1));
+    inputs[row][0].load(x + at(row, config.gated() ? 2 : 1), policy);
+    if constexpr (config.gated()) inputs[row][1].load(x + at(row, 2) + p.k, policy);
+    if constexpr (config.backward()) inputs[row][kInputs - 1].load(dy + at(row, 1), policy);
     if (config.activates() && p.weights) weight[row] = p.weights[row0 + row];
   }
 
@@ -137,9 +136,10 @@ __forceinline__ void quantise_whole_rows(const RowsParams& p) {
     }
   };
 
+  const uint64_t policy = policy_of_reads(config.bytes(p));
   Input x[kHeld];
   for_vectors(static_cast<const Input::Element*>(p.x), [&](int i, auto* address, bool valid) {
-    if (valid) x[i].load(address);
+    if (valid) x[i].load(address, policy);
   });
   __shared__ float of_warps[kWarps][kHeld];
   const int lane = threadIdx.x % 32, own = lane % kHeld;
@@ -175,6 +175,6 @@ extern "C" __global__ void __launch_bounds__(deepgemm::quantize::config.threads(
   deepgemm::let_next_kernel_start();
   if constexpr (config.function == kWholeRows) return quantise_whole_rows(p);
   const unsigned warp = (blockIdx.x * config.threads() + threadIdx.x) / 32;
-  const int rows = warp / unsigned(p.blocks()) * config.rows_per_warp();
+  const int rows = warp / unsigned(p.blocks()) * RowsConfig::kRowsPerWarp;
   if (rows < p.m) quantise(p, warp % unsigned(p.blocks()), rows + threadIdx.x / 16 % 2 * kRows);
 }

@@ -43,18 +43,16 @@ struct Groups {
     const int lane = threadIdx.x % 32;
     for (int first = 0; first < groups; first += 32) {
       const int size = first + lane < groups ? min(max(sizes[first + lane], 0), m) : 0;
-      const int group_end = min(end + inclusive_sum(size), m);
-      const int before = __shfl_up_sync(0xffffffff, group_end, 1);
-      const int length = group_end - (lane ? before : end);
-      const int t_length = ceil_div(length, kBlock) * kBlock;
-      const int group_t_end = t_end + inclusive_sum(t_length);
-      const int left = group_t_end - t0;  // of the group, from t0 on
-      const bool here = 0 < left && left <= t_length;
-      const int offset = t_length - left;
-      m0 += __reduce_add_sync(0xffffffff, here ? group_end - length + offset : 0);
+      const int t_size = ceil_div(size, kBlock) * kBlock;
+      const int size_sum = inclusive_sum(size), t_sum = inclusive_sum(t_size);
+      const int start = min(end + size_sum - size, m), length = min(size, m - start);
+      // Right for the first group that m cuts off, too; those after it have no length.
+      const int offset = t0 - (t_end + t_sum - t_size);
+      const bool here = 0 <= offset && offset < length;
+      m0 += __reduce_add_sync(0xffffffff, here ? start + offset : 0);
       rows += __reduce_add_sync(0xffffffff, here ? min(length - offset, kBlock) : 0);
-      end = __shfl_sync(0xffffffff, group_end, 31);
-      t_end = __shfl_sync(0xffffffff, group_t_end, 31);
+      end = min(end + __shfl_sync(0xffffffff, size_sum, 31), m);
+      t_end += __shfl_sync(0xffffffff, t_sum, 31);
     }
   }
 };
@@ -101,8 +99,9 @@ struct Tile {
   }
 
   __forceinline__ void load() {
+    const uint64_t policy = policy_of_reads(config.bytes(p));
     for_rows(static_cast<const Input::Element*>(p.x), [&](int i, auto address, bool valid) {
-      if (valid) x[i].load(address);
+      if (valid) x[i].load(address, policy);
     });
   }
 
