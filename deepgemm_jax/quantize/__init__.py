@@ -557,7 +557,7 @@ def _has_whole_rows(x: jax.Array) -> bool:
     mesh = sharding.mesh
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     auto = any(kind == AxisType.Auto and mesh.shape[name] > 1 for name, kind in axes)
-    return not auto and sharding.spec[-1] is None
+    return not auto and all(axes is None for axes in sharding.spec[1:])
 
 
 def _cast_whole(
