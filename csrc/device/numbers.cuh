@@ -1,19 +1,44 @@
-// PTX on numbers that has no CUDA C++ spelling without headers, and a load for what is read once.
-// Names follow the PTX ISA; see its sections on max, cvt, ex2 and ld.
+// PTX on numbers that has no CUDA C++ spelling without headers, a load for what is read once, and
+// stores of what is read next. Names follow the PTX ISA; see its sections on max, cvt, ex2, ld, st.
 #pragma once
 
 #include "device/ptx.cuh"
 
 namespace deepgemm {
 
+// Which lines leave L2 first, as createpolicy encodes it.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000,
+                   kEvictLast = 0x14F0000000000000;
+
+// For what a kernel reads once that reads and writes so many bytes. To leave first spares what
+// waits in L2 to be written; but where that is far more than L2 holds anyway, lines in their usual
+// order are written faster.
+__forceinline__ uint64_t policy_of_reads(long long bytes) {
+  return bytes > 90 << 20 ? kEvictNormal : kEvictFirst;
+}
+
 // 16 bytes for which there is no room in L1. Not by the path for constants (.nc): the kernel
 // before, which wrote them, may have run at the same time as this one's beginning.
-__forceinline__ uint4 load_once(const void* address) {
+__forceinline__ uint4 load_once(const void* address, uint64_t policy) {
   uint4 x;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(address));
+               : "l"(address), "l"(policy));
   return x;
+}
+
+// Results, which the next kernel reads. Everything else leaves L2 before them, so that memory is
+// not kept busy by writing them at once.
+__forceinline__ void store_result(void* address, uint2 x) {
+  asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(address), "r"(x.x),
+               "r"(x.y), "l"(kEvictLast)
+               : "memory");
+}
+
+__forceinline__ void store_result(void* address, uint4 x) {
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "l"(kEvictLast)
+               : "memory");
 }
 
 // The larger magnitude, with some sign; NaN if either is.

@@ -49,11 +49,12 @@ __forceinline__ void transpose_tile(const Params& p, uint4* tile) {
   {
     const int n = n0 + across * kRows, m = m0 + down * kRows;
     const int pitch = p.n * config.element_bytes;
+    const uint64_t policy = policy_of_reads(2ll * p.batch * p.m * pitch);
     const unsigned char* row = p.x + (batch + (long long)m * p.n + n) * config.element_bytes;
 #pragma unroll
     for (int i = 0; i < kRows; ++i, row += pitch) {
       if (n >= p.n || m + i >= p.m) continue;
-      const uint4 words = load_once(row);
+      const uint4 words = load_once(row, policy);
       x[i][0] = words.x, x[i][1] = words.y, x[i][2] = words.z, x[i][3] = words.w;
     }
   }
@@ -82,7 +83,7 @@ __forceinline__ void transpose_tile(const Params& p, uint4* tile) {
 #pragma unroll
   for (int i = 0; i < kRows; ++i, row += (long long)kSide * pitch) {
     if (m >= p.m || n0 + i * kSide + down >= p.n) continue;
-    *reinterpret_cast<uint4*>(row) = staged(tile, i * kSide + down, across);
+    store_result(row, staged(tile, i * kSide + down, across));
   }
 }
 

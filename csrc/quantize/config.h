@@ -8,16 +8,24 @@ namespace deepgemm::quantize {
 constexpr int kBlock = 128;  // elements along a dim that share a scale
 
 // What sm90_rows.cuh quantises.
-enum Function : int { kCast, kGated, kGatedBackward };
+enum Function : int {
+  kCast,
+  kScaled,     // a cast by scales that are given
+  kWholeRows,  // a cast with one scale a row
+  kActivated,
+  kActivatedBackward,
+  kGated,
+  kGatedBackward
+};
 enum Activation : int { kSilu, kGelu, kGeluTanh };
 
 struct RowsParams {
   const void* x;         // [m, k], or gate and up beside each other: [m, 2 k]
-  const void* dy;        // [m, k], for the backward pass
+  const void* dy;        // [m, k], for a backward pass
   const float* weights;  // [m] or null
-  unsigned char* data;   // as x in the backward pass, otherwise [m, k]
-  float* scale;          // [blocks of data's columns, m]
-  float* d_weights;      // [m, blocks], in the backward pass: sums over the columns of a block
+  unsigned char* data;   // as x in a backward pass, otherwise [m, k]
+  float* scale;          // [blocks of data's columns, m]; of whole rows, or given, [m]
+  float* d_weights;      // [m, blocks], in a backward pass: sums over the columns of a block
   int m, k;
   int round_up;  // scales to powers of two
 
@@ -30,11 +38,33 @@ struct RowsConfig {
   int float32;     // operands are float32, otherwise bfloat16
   int e5m2;        // the result is float8_e5m2, otherwise float8_e4m3fn
 
+  constexpr bool gated() const { return function == kGated || function == kGatedBackward; }
+  constexpr bool activates() const { return function >= kActivated; }
+  constexpr bool backward() const {
+    return function == kActivatedBackward || function == kGatedBackward;
+  }
+  // Of each element of a block: x, or gate and up; and dy.
+  constexpr int inputs() const { return 1 + gated() + backward(); }
+  constexpr int outputs() const { return function == kGatedBackward ? 2 : 1; }
+
+  constexpr long long bytes(const RowsParams& p) const {  // read and written, but for scales
+    return (long long)p.m * p.k * ((float32 ? 4 : 2) * inputs() + outputs());
+  }
+
   constexpr int threads() const { return 256; }
-  // That a warp quantises at once. Of each, the backward pass has three inputs and two results.
-  constexpr int rows_per_warp() const { return function == kGatedBackward ? 4 : 8; }
+  static constexpr int kRowsPerWarp = 4;  // quantised at once
+  // Of whole rows a thread has so many vectors of eight elements: of one row, or of several.
+  static constexpr int kHeld = 8;
+  constexpr int held_elements() const { return kHeld * threads() * 8; }
+  constexpr int whole_rows(const RowsParams& p) const {  // of a CTA: 8, 4, 2 or 1
+    int rows = kHeld;
+    while (rows > 1 && rows * p.k > held_elements()) rows /= 2;
+    return rows;
+  }
+
   constexpr int ctas(const RowsParams& p) const {
-    return ceil_div(ceil_div(p.m, rows_per_warp()) * p.blocks(), threads() / 32);
+    if (function == kWholeRows) return ceil_div(p.m, whole_rows(p));
+    return ceil_div(ceil_div(p.m, kRowsPerWarp) * p.blocks(), threads() / 32);
   }
 };
 
@@ -63,7 +93,12 @@ struct TilesConfig {
   int float32;
   int e5m2;
 
-  constexpr int threads() const { return 128; }
+  constexpr long long bytes(const TilesParams& p) const {  // read and written, but for scales
+    const int of_element = (float32 ? 4 : 2) + (tiling == kBothWays ? 2 : 1);
+    return (long long)p.batch * p.m * p.k * of_element;
+  }
+
+  constexpr int threads() const { return 256; }
   // What warps tell each other of columns, and the tile on its way to the transposed.
   constexpr int smem_bytes() const { return (threads() / 32 + 1) * kBlock * 4 + kBlock * kBlock; }
   // One for each tile, and one for each 128 rows of x, which may be of no group.

@@ -33,22 +33,21 @@ T* address(const ffi::AnyBuffer& x) {
 
 ffi::Error rows_execute(jit::CUstream stream, RowsState* state, ffi::AnyBuffer x,
                         ffi::RemainingArgs more, ffi::Result<ffi::AnyBuffer> data,
-                        ffi::Result<ffi::AnyBuffer> scale, ffi::RemainingRets d_weights) {
+                        ffi::RemainingRets rest) {
   return jit::guarded(kOp, [&] {
     const RowsConfig& config = state->config;
-    const bool backward = config.function == kGatedBackward;
-    const size_t weights = backward ? 1 : 0;
+    size_t taken = 0;  // of the operands behind x
+    const auto next = [&] { return *more.get<ffi::AnyBuffer>(taken++); };
     RowsParams params = {};
     params.x = x.untyped_data();
-    if (backward) params.dy = more.get<ffi::AnyBuffer>(0)->untyped_data();
-    if (more.size() > weights) {
-      params.weights = address<const float>(*more.get<ffi::AnyBuffer>(weights));
-    }
+    if (config.backward()) params.dy = next().untyped_data();
+    if (config.function == kScaled) params.scale = address<float>(next());
+    if (taken < more.size()) params.weights = address<const float>(next());
     params.data = address<unsigned char>(*data);
-    params.scale = address<float>(*scale);
-    if (backward) params.d_weights = address<float>(**d_weights.get<ffi::AnyBuffer>(0));
+    if (config.function != kScaled) params.scale = address<float>(**rest.get<ffi::AnyBuffer>(0));
+    if (config.backward()) params.d_weights = address<float>(**rest.get<ffi::AnyBuffer>(1));
     params.m = x.dimensions()[0];
-    params.k = x.dimensions()[1] / (config.function == kCast ? 1 : 2);
+    params.k = x.dimensions()[1] / (config.gated() ? 2 : 1);
     params.round_up = state->round_up;
 
     void* args[] = {&params};
@@ -117,7 +116,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizeRowsExecute, deepgemm::quantize::rows_exec
                                   .Ctx<ffi::State<RowsState>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .RemainingRets(),
                               {ffi::Traits::kCmdBufferCompatible});

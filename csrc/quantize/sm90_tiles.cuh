@@ -5,10 +5,10 @@
 //   both ways     scale[m, k / 128] and data, and t_scale[k, t / 128] and t_data[k, t], t being m
 //
 //                 8 columns
-//   16 rows   thread 0  | 1 | ... | 15      A thread holds 16 rows of 8 columns in registers, so
-//             thread 16 | ...               that x is read once. Each of its columns is 16 bytes of
+//   8 rows    thread 0  | 1 | ... | 15      A thread holds 8 rows of 8 columns in registers, so
+//             thread 16 | ...               that x is read once. Each of its columns is 8 bytes of
 //             ...                           the transposed, which go through shared memory to where
-//             thread 112 | ...              they are neighbours.
+//             thread 240 | ...              they are neighbours.
 //
 // Both ways, rows may belong to groups, one after another. Then each group begins a tile, zeros
 // fill up its last one, and t runs over these; rows of no group are zero.
@@ -20,7 +20,7 @@ namespace deepgemm::quantize {
 
 constexpr TilesConfig config{CONFIG};
 
-constexpr int kRows = 16;  // of a thread
+constexpr int kRows = 8;  // of a thread
 constexpr int kWarps = config.threads() / 32;
 constexpr int kCtas = config.float32 ? 2 : 4;  // a multiprocessor, with 32 KB of x in flight
 
@@ -43,18 +43,16 @@ struct Groups {
     const int lane = threadIdx.x % 32;
     for (int first = 0; first < groups; first += 32) {
       const int size = first + lane < groups ? min(max(sizes[first + lane], 0), m) : 0;
-      const int group_end = min(end + inclusive_sum(size), m);
-      const int before = __shfl_up_sync(0xffffffff, group_end, 1);
-      const int length = group_end - (lane ? before : end);
-      const int t_length = ceil_div(length, kBlock) * kBlock;
-      const int group_t_end = t_end + inclusive_sum(t_length);
-      const int left = group_t_end - t0;  // of the group, from t0 on
-      const bool here = 0 < left && left <= t_length;
-      const int offset = t_length - left;
-      m0 += __reduce_add_sync(0xffffffff, here ? group_end - length + offset : 0);
+      const int t_size = ceil_div(size, kBlock) * kBlock;
+      const int size_sum = inclusive_sum(size), t_sum = inclusive_sum(t_size);
+      const int start = min(end + size_sum - size, m), length = min(size, m - start);
+      // Right for the first group that m cuts off, too; those after it have no length.
+      const int offset = t0 - (t_end + t_sum - t_size);
+      const bool here = 0 <= offset && offset < length;
+      m0 += __reduce_add_sync(0xffffffff, here ? start + offset : 0);
       rows += __reduce_add_sync(0xffffffff, here ? min(length - offset, kBlock) : 0);
-      end = __shfl_sync(0xffffffff, group_end, 31);
-      t_end = __shfl_sync(0xffffffff, group_t_end, 31);
+      end = min(end + __shfl_sync(0xffffffff, size_sum, 31), m);
+      t_end += __shfl_sync(0xffffffff, t_sum, 31);
     }
   }
 };
@@ -76,7 +74,7 @@ __forceinline__ void clear(const TilesParams& p, int tile) {
 struct Shared {
   float amax[kWarps][kBlock];  // of a warp's rows, each column's
   float reciprocal[kBlock];    // of a column's scale
-  uint4 columns[kBlock][8];    // of the transposed, 16 bytes of it for each 16 rows of x
+  uint2 columns[kBlock][16];   // of the transposed, 8 bytes of it for each 8 rows of x
 };
 static_assert(sizeof(Shared) == config.smem_bytes());
 
@@ -101,8 +99,9 @@ struct Tile {
   }
 
   __forceinline__ void load() {
+    const uint64_t policy = policy_of_reads(config.bytes(p));
     for_rows(static_cast<const Input::Element*>(p.x), [&](int i, auto address, bool valid) {
-      if (valid) x[i].load(address);
+      if (valid) x[i].load(address, policy);
     });
   }
 
@@ -110,7 +109,7 @@ struct Tile {
   __forceinline__ void store(const float (&reciprocal)[kVector]) {
     for_rows(p.data, [&](int i, unsigned char* address, bool valid) {
       const uint2 bytes = quantised<config.e5m2>(x[i], [&](int j) { return reciprocal[j]; });
-      if (valid) *reinterpret_cast<uint2*>(address) = bytes;
+      if (valid) store_result(address, bytes);
     });
   }
 
@@ -138,13 +137,14 @@ struct Tile {
       out[1] = {amax[4], amax[5], amax[6], amax[7]};
     }
     __syncthreads();
-    const int own = threadIdx.x;
-    float of_all = shared.amax[0][own];
+    if (const int own = threadIdx.x; own < kBlock) {
+      float of_all = shared.amax[0][own];
 #pragma unroll
-    for (int i = 1; i < kWarps; ++i) of_all = larger(of_all, shared.amax[i][own]);
-    const float of_column = scale_of<config.e5m2>(of_all, p.round_up);
-    if (k0 + own < p.k) scale[own] = of_column;
-    shared.reciprocal[own] = __frcp_rn(of_column);
+      for (int i = 1; i < kWarps; ++i) of_all = larger(of_all, shared.amax[i][own]);
+      const float of_column = scale_of<config.e5m2>(of_all, p.round_up);
+      if (k0 + own < p.k) scale[own] = of_column;
+      shared.reciprocal[own] = __frcp_rn(of_column);
+    }
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kVector; ++j) reciprocal[j] = shared.reciprocal[column + j];
@@ -172,58 +172,48 @@ struct Tile {
     store({same, same, same, same, same, same, same, same});
   }
 
-  // Writes the scales of the thread's rows; lane i of 16 gets the reciprocal of row i's.
+  // Writes the scales of the thread's rows; lane i of 8 gets the reciprocal of row i's.
   __forceinline__ float scale_rows() const {
     float amax[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) amax[i] = x[i].amax();
     const float scale = scale_of<config.e5m2>(reduce_over_16_lanes(amax, larger), p.round_up);
-    const int own = row + threadIdx.x % 16;
-    if (own < rows)
+    const int own = row + threadIdx.x % kRows;
+    if (threadIdx.x % 16 < kRows && own < rows)
       p.scale[((long long)batch * p.tiles_k() + k0 / kBlock) * p.m + m0 + own] = scale;
     return __frcp_rn(scale);
   }
 
   __forceinline__ void quantise_both_ways() {
     const float of_row = scale_rows();
-    float of_column[kVector];
-    scale_columns(p.t_scale + ((long long)batch * p.tiles_m() + t) * p.k + k0, of_column);
-
-    // x leaves its registers as the columns' bytes need them.
-    uint32_t columns[kVector][kRows / 4];
-    unsigned short pair[kVector];
-    float y[kVector];
     for_rows(p.data, [&](int i, unsigned char* address, bool valid) {
       const float same = __shfl_sync(0xffffffff, of_row, i, 16);
       const uint2 bytes = quantised<config.e5m2>(x[i], [&](int) { return same; });
-      if (valid) *reinterpret_cast<uint2*>(address) = bytes;
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        const float above = y[j];
-        y[j] = multiply_flushed(x[i][j], of_column[j]);
-        if (i % 4 == 1) pair[j] = to_fp8<config.e5m2>(above, y[j]);
-        if (i % 4 == 3) columns[j][i / 4] = join(pair[j], to_fp8<config.e5m2>(above, y[j]));
-      }
+      if (valid) store_result(address, bytes);
     });
+    float of_column[kVector];
+    scale_columns(p.t_scale + ((long long)batch * p.tiles_m() + t) * p.k + k0, of_column);
 
     // Where they are in shared memory depends on the column, so that neither the threads of a row
-    // here nor those of a column below meet in a bank.
-    const int unit = row / kRows ^ column / kVector % 8;
+    // here nor those of a column below, of which each takes two units, meet in a bank.
+    const int unit = row / kRows ^ column / kVector;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      shared.columns[column + j][unit] = {columns[j][0], columns[j][1], columns[j][2],
-                                          columns[j][3]};
+      const auto y = [&](int i) { return multiply_flushed(x[i][j], of_column[j]); };
+      const auto pair = [&](int i) { return to_fp8<config.e5m2>(y(i), y(i + 1)); };
+      shared.columns[column + j][unit] = {join(pair(0), pair(2)), join(pair(4), pair(6))};
     }
     __syncthreads();
-    const int t_unit = threadIdx.x % 8;
+    const int t_unit = threadIdx.x % 8 * 2;
     const int t0 = t * kBlock + t_unit * kRows;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int of_x = j * 16 + threadIdx.x / 8;
-      const uint4 bytes = shared.columns[of_x][t_unit ^ of_x / kVector % 8];
+    for (int j = 0; j < 4; ++j) {
+      const int of_x = j * 32 + threadIdx.x / 8;
+      const uint2 first = shared.columns[of_x][t_unit ^ of_x / kVector];
+      const uint2 second = shared.columns[of_x][(t_unit + 1) ^ of_x / kVector];
       if (k0 + of_x < p.k && t0 < p.t_rows) {
         const long long at = ((long long)batch * p.k + k0 + of_x) * p.t_rows + t0;
-        *reinterpret_cast<uint4*>(p.t_data + at) = bytes;
+        store_result(p.t_data + at, uint4{first.x, first.y, second.x, second.y});
       }
     }
   }

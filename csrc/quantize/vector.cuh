@@ -17,8 +17,8 @@ struct Vector<false> {
   using Element = unsigned short;  // the bits of a bfloat16
   uint32_t pairs[4] = {};
 
-  __forceinline__ void load(const Element* address) {
-    const uint4 x = load_once(address);
+  __forceinline__ void load(const Element* address, uint64_t policy) {
+    const uint4 x = load_once(address, policy);
     pairs[0] = x.x, pairs[1] = x.y, pairs[2] = x.z, pairs[3] = x.w;
   }
   __forceinline__ float operator[](int i) const {
@@ -41,10 +41,10 @@ struct Vector<true> {
   using Element = float;
   float elements[kVector] = {};
 
-  __forceinline__ void load(const Element* address) {
+  __forceinline__ void load(const Element* address, uint64_t policy) {
 #pragma unroll
     for (int i = 0; i < kVector; i += 4) {
-      const uint4 x = load_once(address + i);
+      const uint4 x = load_once(address + i, policy);
       elements[i] = __uint_as_float(x.x);
       elements[i + 1] = __uint_as_float(x.y);
       elements[i + 2] = __uint_as_float(x.z);

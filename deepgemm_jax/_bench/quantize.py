@@ -16,6 +16,7 @@ from .._core.device import cuda_device
 from ..layout import config as layout_config
 from ..quantize import config
 from ..runtime import Variant
+from ..scaled import BLOCK
 from .case import Case, Program, nbytes, normal
 
 FP8 = jnp.float8_e4m3fn
@@ -31,6 +32,15 @@ def per_channel_cast(m: int, k: int) -> Case:
 
 def per_block_cast(m: int, k: int) -> Case:
     return _tiles("per_block", quantize.per_block_cast_to_fp8, normal(0, m, k))
+
+
+def per_row_cast(m: int, k: int) -> Case:
+    return _rows("whole_rows", quantize.per_row_cast_to_fp8, normal(0, m, k))
+
+
+def per_tensor_cast_by_given_scale(m: int, k: int) -> Case:
+    scale = jnp.full((1, 1), 0.01)
+    return _rows("scaled", quantize.per_tensor_cast_to_fp8, normal(0, m, k), scale)
 
 
 def quantize_transpose(m: int, k: int) -> Case:
@@ -52,10 +62,22 @@ def swiglu_quantize_backward(m: int, h: int) -> Case:
     return _rows("gated_backward", quantize.swiglu_quantize_backward, *operands)
 
 
+def activation_quantize(m: int, h: int) -> Case:
+    return _rows("activated", quantize.activation_quantize, normal(0, m, h), _weights(m))
+
+
 def layout_transpose(itemsize: int, m: int, n: int) -> Case:
     dtype = {1: jnp.int8, 2: jnp.bfloat16, 4: jnp.float32}[itemsize]
-    x = jax.jit(lambda: (normal(0, m, n) * 50).astype(dtype))()
-    variant = layout_config.Config(itemsize)
+    return _transpose(jax.jit(lambda: (normal(0, m, n) * 50).astype(dtype))())
+
+
+def mn_major(groups: int, mn: int, k: int) -> Case:
+    """Scales that come row-major, from a file for instance: their layout is a transposition."""
+    return _transpose(jax.random.uniform(jax.random.key(0), (groups, mn, k // BLOCK)))
+
+
+def _transpose(x: jax.Array) -> Case:
+    variant = layout_config.Config(x.dtype.itemsize)
     return _case(layout.layout_transpose, (x,), layout_config.SOURCE, variant)
 
 

@@ -176,6 +176,9 @@ BENCHMARKS = [
             ("per_token_cast_to_fp8", quantize.per_token_cast),
             ("per_channel_cast_to_fp8", quantize.per_channel_cast),
             ("per_block_cast_to_fp8", quantize.per_block_cast),
+            ("per_row_cast_to_fp8", quantize.per_row_cast),
+            ("per_tensor_cast_to_fp8 (given scale)", quantize.per_tensor_cast_by_given_scale),
+            ("activation_quantize", quantize.activation_quantize),
             ("quantize_transpose", quantize.quantize_transpose),
         ]
     ),
@@ -197,5 +200,11 @@ BENCHMARKS = [
         case=quantize.layout_transpose,
         chained=[],
         shapes=[(size, m, n) for size in (1, 2, 4) for m, n in MATRICES],  # bytes, rows, columns
+    ),
+    Benchmark(
+        op="mn_major_tma_aligned",
+        case=quantize.mn_major,
+        chained=[],
+        shapes=[(1, 4096, 7168), (1, 8192, 7168)],  # groups, mn, k
     ),
 ]

@@ -18,10 +18,11 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from .._core.op import Op
 from ..scaled import BLOCK, ScaledArray, pack_ue8m0
-from . import op, reference
+from . import config, op, reference
 
 SCALE_FORMATS = ("float32", "ue8m0", "packed_ue8m0")
 
@@ -165,6 +166,13 @@ def per_row_cast_to_fp8(
         >>> per_row_cast_to_fp8(jnp.ones((2, 300)))
         ScaledArray(float8_e4m3fn[2,300], scale=float32[2,1])
     """
+    x = jnp.asarray(x)
+    if scale is None and _has_whole_rows(x):
+        _not_packed("per_row_cast_to_fp8", scale_format)
+        row_cast = op.whole_rows_cast_to_fp8
+        params = op.CastParams(implementation, *_formats(row_cast.name, dtype, scale_format))
+        data, scale = row_cast(x, params=params)
+        return ScaledArray(data, scale[:, None])
     return _cast_whole(op.per_row_cast_to_fp8, 1, x, scale, dtype, scale_format, implementation)
 
 
@@ -333,10 +341,9 @@ def swiglu_quantize(
         >>> print(y, y.dequantize(jnp.bfloat16)[:, 0])
         ScaledArray(float8_e4m3fn[2,256], scale=float32[2,2]) [0.730469 1.46094]
     """
-    name = "swiglu_quantize"
-    params = _activation_params(name, activation, dtype, scale_format, implementation)
-    operands = [jnp.asarray(x)] if weights is None else [jnp.asarray(x), jnp.asarray(weights)]
-    return _scaled(op.swiglu_quantize(*operands, params=params), scale_format)
+    return _activate(
+        op.swiglu_quantize, x, weights, activation, dtype, scale_format, implementation
+    )
 
 
 def swiglu_quantize_backward(
@@ -374,11 +381,87 @@ def swiglu_quantize_backward(
         >>> print(dx, dw.round())
         ScaledArray(float8_e4m3fn[2,512], scale=float32[2,4]) [187. 187.]
     """
-    name = "swiglu_quantize_backward"
-    params = _activation_params(name, activation, dtype, scale_format, implementation)
-    operands = [jnp.asarray(operand) for operand in (x, dy, weights) if operand is not None]
-    *dx, d_weights = op.swiglu_quantize_backward(*operands, params=params)
-    return _scaled(dx, scale_format), None if weights is None else d_weights.sum(axis=-1)
+    return _activate_backward(
+        op.swiglu_quantize_backward, x, dy, weights, activation, dtype, scale_format, implementation
+    )
+
+
+def activation_quantize(
+    x: Any,
+    weights: Any = None,
+    *,
+    activation: str = "silu",
+    dtype: Any = jnp.float8_e4m3fn,
+    scale_format: str = "float32",
+    implementation: str | None = None,
+) -> ScaledArray:
+    r"""Applies an activation that gates nothing and quantises the result per token.
+
+    $$y_{mh} = w_m\, f(x_{mh}), \qquad
+    s_{mg} = \max_{h \in \text{block } g} |y_{mh}| / \text{largest}$$
+
+    Args:
+      x: bfloat16, float32 or float16 [M, H].
+      weights, activation, dtype, scale_format, implementation: as for `swiglu_quantize`.
+
+    Returns:
+      Data, `dtype` [M, H], and scale, as `swiglu_quantize` gives them.
+
+    Errors and `jax.vmap`: as `swiglu_quantize`. On a mesh M may be divided, and H in whole blocks.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> y = activation_quantize(jnp.ones((2, 256), jnp.bfloat16), activation="gelu")
+        >>> print(y, y.dequantize(jnp.bfloat16)[:, 0])
+        ScaledArray(float8_e4m3fn[2,256], scale=float32[2,2]) [0.839844 0.839844]
+    """
+    return _activate(
+        op.activation_quantize, x, weights, activation, dtype, scale_format, implementation
+    )
+
+
+def activation_quantize_backward(
+    x: Any,
+    dy: Any,
+    weights: Any = None,
+    *,
+    activation: str = "silu",
+    dtype: Any = jnp.float8_e4m3fn,
+    scale_format: str = "float32",
+    implementation: str | None = None,
+) -> tuple[ScaledArray, jax.Array | None]:
+    r"""The gradient of an activation that gates nothing, quantised per token.
+
+    $$dx_{mh} = w_m\, dy_{mh}\, f'(x_{mh}), \qquad dw_m = \sum_h dy_{mh}\, f(x_{mh})$$
+
+    Args:
+      x: bfloat16, float32 or float16 [M, H]: what `activation_quantize` had.
+      dy: the gradient of its result, of such a dtype, [M, H].
+      weights, activation, dtype, scale_format, implementation: as for `swiglu_quantize`.
+
+    Returns:
+      dx, quantised, [M, H] with its scale; and dw, float32 [M], or None without weights.
+
+    Errors, `jax.vmap` and meshes: as `activation_quantize`.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> dx, dw = activation_quantize_backward(jnp.zeros((2, 256)), jnp.ones((2, 256)))
+        >>> print(dx, dx.dequantize()[:, 0], dw)
+        ScaledArray(float8_e4m3fn[2,256], scale=float32[2,2]) [0.5 0.5] None
+    """
+    return _activate_backward(
+        op.activation_quantize_backward,
+        x,
+        dy,
+        weights,
+        activation,
+        dtype,
+        scale_format,
+        implementation,
+    )
 
 
 @overload
@@ -465,6 +548,18 @@ def _cast(op_: Op, x: Any, dtype: Any, scale_format: str, implementation: str | 
     return _scaled(op_(jnp.asarray(x), params=params), scale_format)
 
 
+def _has_whole_rows(x: jax.Array) -> bool:
+    """Whether they are known to be undivided among devices, and few enough to be cast as a whole:
+    then a kernel finds the scale too, and reads x once. Of Auto axes a type does not tell."""
+    if x.ndim != 2 or x.shape[1] > config.WHOLE_ROW:
+        return False
+    sharding = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    auto = any(kind == AxisType.Auto and mesh.shape[name] > 1 for name, kind in axes)
+    return not auto and all(axes is None for axes in sharding.spec[1:])
+
+
 def _cast_whole(
     op_: Op,
     axis: int | tuple[int, ...],
@@ -524,6 +619,36 @@ def _activation_params(
         )
     formats = _formats(name, dtype, scale_format)
     return op.ActivationParams(implementation, *formats, activation=activation)
+
+
+def _activate(
+    op_: Op,
+    x: Any,
+    weights: Any,
+    activation: str,
+    dtype: Any,
+    scale_format: str,
+    implementation: str | None,
+) -> ScaledArray:
+    params = _activation_params(op_.name, activation, dtype, scale_format, implementation)
+    operands = [jnp.asarray(operand) for operand in (x, weights) if operand is not None]
+    return _scaled(op_(*operands, params=params), scale_format)
+
+
+def _activate_backward(
+    op_: Op,
+    x: Any,
+    dy: Any,
+    weights: Any,
+    activation: str,
+    dtype: Any,
+    scale_format: str,
+    implementation: str | None,
+) -> tuple[ScaledArray, jax.Array | None]:
+    params = _activation_params(op_.name, activation, dtype, scale_format, implementation)
+    operands = [jnp.asarray(operand) for operand in (x, dy, weights) if operand is not None]
+    *dx, d_weights = op_(*operands, params=params)
+    return _scaled(dx, scale_format), None if weights is None else d_weights.sum(axis=-1)
 
 
 def _scaled(results: Any, scale_format: str) -> ScaledArray:

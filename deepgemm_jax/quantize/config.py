@@ -9,7 +9,17 @@ import jax.numpy as jnp
 ROWS = "quantize/sm90_rows.cuh"
 TILES = "quantize/sm90_tiles.cuh"
 
-FUNCTIONS = ("cast", "gated", "gated_backward")
+FUNCTIONS = (
+    "cast",
+    "scaled",
+    "whole_rows",
+    "activated",
+    "activated_backward",
+    "gated",
+    "gated_backward",
+)
+WHOLE_ROW = 8 * 256 * 8  # elements of the longest row that a CTA holds in registers
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 TILINGS = ("per_channel", "per_block", "both_ways")
 
@@ -49,7 +59,11 @@ def _dtypes(operand: Any, dtype: Any) -> tuple[int, int]:
 def variants() -> dict[str, list[Any]]:
     """Of each source every config that an op may ask for."""
     dtypes = [(float32, e5m2) for float32 in (0, 1) for e5m2 in (0, 1)]
-    kinds = [(0, 0), *itertools.product((1, 2), range(len(ACTIVATIONS)))]
+    casts, activating = range(3), range(3, len(FUNCTIONS))
+    kinds = [
+        *itertools.product(casts, (0,)),
+        *itertools.product(activating, range(len(ACTIVATIONS))),
+    ]
     return {
         ROWS: [RowsConfig(*kind, *dtype) for kind in kinds for dtype in dtypes],
         TILES: [TilesConfig(tiling, *dtype) for tiling in range(len(TILINGS)) for dtype in dtypes],

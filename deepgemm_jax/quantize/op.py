@@ -123,13 +123,16 @@ per_block_cast_to_fp8 = _cast(
 
 def _cast_with_scale(name: str) -> Op:
     """Given the scale of each row: what it is of is up to the caller, and XLA divides the search
-    for the largest magnitude better than any rule for an op would."""
+    for the largest magnitude among devices better than any rule for an op would."""
     return Op(
         name,
         operands={"x": f"{FLOAT}[m k]", "scale": "float32[m]"},
         results={"data": "dtype[m k]"},
         limits={"k": (1, 1)},
         reference=reference.cast_with_scale,
+        kernel=_kernel(
+            "rows", lambda params, dtype: config.rows("scaled", "silu", dtype, params.dtype)
+        ),
         derivative=DERIVATIVE,
         batched=True,
         fold=("m",),
@@ -138,6 +141,21 @@ def _cast_with_scale(name: str) -> Op:
 
 per_row_cast_to_fp8 = _cast_with_scale("per_row_cast_to_fp8")
 per_tensor_cast_to_fp8 = _cast_with_scale("per_tensor_cast_to_fp8")
+
+whole_rows_cast_to_fp8 = Op(
+    "per_row_cast_to_fp8",
+    operands={"x": f"{FLOAT}[m k]"},
+    results={"data": "dtype[m k]", "scale": "float32[m]"},
+    limits={"k": (1, 1)},
+    reference=reference.cast_whole_rows,
+    kernel=_kernel(
+        "rows", lambda params, dtype: config.rows("whole_rows", "silu", dtype, params.dtype)
+    ),
+    derivative=DERIVATIVE,
+    batched=True,
+    fold=("m",),
+    whole=("k",),
+)
 
 
 def _refuses_transposed(params, operands):
@@ -189,61 +207,80 @@ quantize_transpose_grouped = Op(
 )
 
 
-def _refuses_gated(params, operands):
-    x, *weights = operands
-    return _refuses_weights(weights) or _refuses_columns(params, operands, of=2)
-
-
-def _refuses_gated_backward(params, operands):
-    x, dy, *weights = operands
-    if dy.dtype != x.dtype:
-        return f"dy of {dy.dtype} with x of {x.dtype}"
-    # No block of the result belongs to both halves.
-    return _refuses_weights(weights) or _refuses_columns(params, operands, BLOCK, of=2)
-
-
 def _refuses_weights(weights):
     return next((f"weights of {w.dtype}" for w in weights if w.dtype != jnp.float32), None)
 
 
-# `i` is the width of gate and up together, so that `i/2` is the width of either.
-swiglu_quantize = Op(
-    "swiglu_quantize",
-    operands={"x": f"{FLOAT}[m i]", "weights?": f"{FLOAT}[m]"},
-    results={"data": "dtype[m i/2]", "scale": "float32[m i/256]"},
-    limits={"i": (2, 2)},
-    reference=reference.swiglu_quantize,
-    kernel=_kernel(
-        "rows",
-        lambda params, dtype: config.rows("gated", params.activation, dtype, params.dtype),
-        column_major=("scale",),
-        refuses=_refuses_gated,
-    ),
-    derivative=f"{DERIVATIVE}; swiglu_quantize_backward computes its gradient",
-    batched=True,
-    fold=("m",),
-    whole=("i",),
-)
+def _activation(name: str, backward: str, gated: bool) -> Op:
+    """Of x, or of gate and up beside each other: `i` is the width of x, in either case."""
+    parts = 2 if gated else 1
 
-swiglu_quantize_backward = Op(
-    "swiglu_quantize_backward",
-    operands={"x": f"{FLOAT}[m i]", "dy": f"{FLOAT}[m i/2]", "weights?": f"{FLOAT}[m]"},
-    results={
-        "data": "dtype[m i]",
-        "scale": "float32[m i/128]",
-        # Sums over the blocks of a half, which are the caller's to add up.
-        "d_weights": "float32[m i/256]",
-    },
-    limits={"i": (2, 2)},
-    reference=reference.swiglu_quantize_backward,
-    kernel=_kernel(
-        "rows",
-        lambda params, dtype: config.rows("gated_backward", params.activation, dtype, params.dtype),
-        column_major=("scale",),
-        refuses=_refuses_gated_backward,
-    ),
-    derivative=DERIVATIVE,
-    batched=True,
-    fold=("m",),
-    whole=("i",),
-)
+    def refuses(params, operands):
+        _, *weights = operands
+        return _refuses_weights(weights) or _refuses_columns(params, operands, of=parts)
+
+    return Op(
+        name,
+        operands={"x": f"{FLOAT}[m i]", "weights?": f"{FLOAT}[m]"},
+        results={"data": f"dtype[m i/{parts}]", "scale": f"float32[m i/{parts * BLOCK}]"},
+        limits={"i": (parts, parts)},
+        reference=functools.partial(reference.activation_quantize, gated=gated),
+        kernel=_kernel(
+            "rows",
+            lambda params, dtype: config.rows(
+                "gated" if gated else "activated", params.activation, dtype, params.dtype
+            ),
+            column_major=("scale",),
+            refuses=refuses,
+        ),
+        derivative=f"{DERIVATIVE}; {backward} computes its gradient",
+        batched=True,
+        fold=("m",),
+        whole=("i",) if gated else (),
+    )
+
+
+def _activation_backward(name: str, gated: bool) -> Op:
+    parts = 2 if gated else 1
+
+    def refuses(params, operands):
+        x, dy, *weights = operands
+        if dy.dtype != x.dtype:
+            return f"dy of {dy.dtype} with x of {x.dtype}"
+        # No block of the result belongs to both halves.
+        multiple = BLOCK if gated else VECTOR
+        return _refuses_weights(weights) or _refuses_columns(params, operands, multiple, parts)
+
+    return Op(
+        name,
+        operands={"x": f"{FLOAT}[m i]", "dy": f"{FLOAT}[m i/{parts}]", "weights?": f"{FLOAT}[m]"},
+        results={
+            "data": "dtype[m i]",
+            "scale": f"float32[m i/{BLOCK}]",
+            # Sums over blocks of dy's columns, which are the caller's to add up.
+            "d_weights": f"float32[m i/{parts * BLOCK}]",
+        },
+        limits={"i": (parts, parts)},
+        reference=functools.partial(reference.activation_quantize_backward, gated=gated),
+        kernel=_kernel(
+            "rows",
+            lambda params, dtype: config.rows(
+                "gated_backward" if gated else "activated_backward",
+                params.activation,
+                dtype,
+                params.dtype,
+            ),
+            column_major=("scale",),
+            refuses=refuses,
+        ),
+        derivative=DERIVATIVE,
+        batched=True,
+        fold=("m",),
+        whole=("i",) if gated else (),
+    )
+
+
+activation_quantize = _activation("activation_quantize", "activation_quantize_backward", False)
+activation_quantize_backward = _activation_backward("activation_quantize_backward", False)
+swiglu_quantize = _activation("swiglu_quantize", "swiglu_quantize_backward", True)
+swiglu_quantize_backward = _activation_backward("swiglu_quantize_backward", True)

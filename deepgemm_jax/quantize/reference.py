@@ -79,6 +79,11 @@ def cast_with_scale(params, x, scale):
     return [narrow(widen(x), scale[..., None], params.dtype)]
 
 
+def cast_whole_rows(params, x):
+    scale = scale_of(largest_magnitude(widen(x), axis=-1), params)
+    return [*cast_with_scale(params, x, scale), scale]
+
+
 def quantize_transpose(params, x):
     return [*cast(params, x), *cast(params, jnp.swapaxes(x, -1, -2))]
 
@@ -112,9 +117,21 @@ def quantize_transpose_grouped(params, x, sizes):
     return [*cast(params, jnp.where(grouped[:, None], x, 0)), *cast(params, gathered.T)]
 
 
-def swiglu_quantize(params, x, weights=None):
-    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    y = ACTIVATIONS[params.activation](gate) * up
+def _activation(params: Any, gated: bool) -> Callable[[jax.Array], jax.Array]:
+    """Of x in float32: f(x), or of gate and up beside each other f(gate) up."""
+    f = ACTIVATIONS[params.activation]
+    if not gated:
+        return f
+
+    def product(x):
+        gate, up = jnp.split(x, 2, axis=-1)
+        return f(gate) * up
+
+    return product
+
+
+def activation_quantize(params, x, weights=None, *, gated=False):
+    y = _activation(params, gated)(x.astype(jnp.float32))
     if weights is not None:
         y *= weights.astype(jnp.float32)[..., None]
     return cast(params, y)
@@ -126,12 +143,10 @@ def _sum_blocks(x: jax.Array) -> jax.Array:
     return x.reshape(*outer, -1, BLOCK).sum(axis=-1)
 
 
-def swiglu_quantize_backward(params, x, dy, weights=None):
-    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def activation_quantize_backward(params, x, dy, weights=None, *, gated=False):
+    y, derivative = jax.vjp(_activation(params, gated), x.astype(jnp.float32))
     dy = dy.astype(jnp.float32)
-    activated, derivative = jax.vjp(ACTIVATIONS[params.activation], gate)
-    d_weights = _sum_blocks(dy * activated * up)
+    d_weights = _sum_blocks(dy * y)
     if weights is not None:
         dy *= weights.astype(jnp.float32)[..., None]
-    (d_gate,) = derivative(dy * up)
-    return [*cast(params, jnp.concatenate([d_gate, dy * activated], axis=-1)), d_weights]
+    return [*cast(params, *derivative(dy)), d_weights]

@@ -22,8 +22,12 @@ from oracles import put
 
 from deepgemm_jax import fp8_gemm_nt, get_mn_major_tma_aligned_tensor, layout_transpose
 from deepgemm_jax.quantize import (
+    activation_quantize,
+    activation_quantize_backward,
     per_block_cast_to_fp8,
     per_channel_cast_to_fp8,
+    per_row_cast_to_fp8,
+    per_tensor_cast_to_fp8,
     per_token_cast_to_fp8,
     prepare_weight,
     quantize_transpose,
@@ -33,10 +37,13 @@ from deepgemm_jax.quantize import (
 
 pytestmark = pytest.mark.gpu
 
+# None is the whole length.
 CASTS = {
     per_token_cast_to_fp8: (1, 128),
     per_channel_cast_to_fp8: (128, 1),
     per_block_cast_to_fp8: (128, 128),
+    per_row_cast_to_fp8: (1, None),
+    per_tensor_cast_to_fp8: (None, None),
 }
 FORMS = [(jnp.bfloat16, FP8[0], "float32"), (jnp.float32, FP8[1], "ue8m0")]
 each_form = pytest.mark.parametrize(("x_dtype", "dtype", "scale_format"), FORMS)
@@ -58,6 +65,18 @@ def assert_all_same(results, wanted):
 
 BFLOAT16 = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
 SCALES = [1, 2, 0.5, 1 / 448, 1 / 3, 3, 0.1, 7.3e-3, 1e-30, 1e30, 2**-100, 2**60, 5e-7, 11, 1.5, 77]
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_every_bfloat16_is_rounded_and_saturated(dtype):
+    x = BFLOAT16.reshape(256, 256)
+    for scale in SCALES:
+        of_all = np.full((1, 1), scale, np.float32)
+        result = kernel(per_tensor_cast_to_fp8, dtype=dtype)(x, of_all)
+        assert_same(result, divide(x.astype(np.float32), of_all, dtype), of_all)
+        of_rows = np.float32(scale) * np.geomspace(1, 8, 256, dtype=np.float32)[:, None]
+        result = kernel(per_row_cast_to_fp8, dtype=dtype)(x, of_rows)
+        assert_same(result, divide(x.astype(np.float32), of_rows, dtype), of_rows)
 
 
 @pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
@@ -86,6 +105,39 @@ def test_every_bfloat16_as_the_largest_of_its_block(dtype):
         assert_all_same([result], [plain(per_token_cast_to_fp8, x, **keywords)])
 
 
+@pytest.mark.parametrize("dtype", FP8)
+def test_ue8m0_is_rounded_up_at_every_exponent(dtype):
+    """The largest magnitude of a row is a power of two of `dtype`'s largest number, one float32
+    above that, and one below."""
+    top = largest(dtype)
+    exact = np.ldexp(top, np.arange(-126, int(127 - np.log2(top)) + 1)).astype(np.float32)
+    above, below = (np.nextafter(exact, np.float32(to)) for to in (np.inf, 0))
+    x = np.zeros((3 * len(exact), 128), np.float32)
+    x[:, 5] = np.concatenate([exact, above, -below])
+    for scale_format in ("ue8m0", "packed_ue8m0"):
+        keywords = {"dtype": dtype, "scale_format": scale_format}
+        result = kernel(per_token_cast_to_fp8, **keywords)(x)
+        assert_all_same([result], [plain(per_token_cast_to_fp8, x, **keywords)])
+
+
+@each_form
+@pytest.mark.parametrize("function", [*CASTS, quantize_transpose])
+def test_zeros_denormals_infinity_and_nan(function, x_dtype, dtype, scale_format):
+    x = random_input(1, (272, 392), x_dtype)
+    x[:128, :128] = 0
+    x[:128, 128:256] = -0.0
+    x[:128, 256:384] = np.ldexp(1.0, -130)
+    for at, value in {(130, 5): np.nan, (200, 200): np.inf, (271, 391): -np.inf}.items():
+        x[at] = value
+    keywords = {"dtype": dtype, "scale_format": scale_format}
+    results, wanted = kernel(function, **keywords)(x), plain(function, x, **keywords)
+    if function is not quantize_transpose:
+        results, wanted = [results], [wanted]
+    assert_all_same(results, wanted)
+    if function is not per_tensor_cast_to_fp8:
+        assert (np.asarray(results[0].dequantize())[:128, :384] == 0).all()
+
+
 @each_form
 @pytest.mark.parametrize("shape", [(304, 392), (8, 8), (1041, 1024)])
 @pytest.mark.parametrize("function", CASTS)
@@ -93,7 +145,8 @@ def test_casts(function, shape, x_dtype, dtype, scale_format):
     x = random_input(0, shape, x_dtype)
     x[5, 5], x[1, -1] = np.nan, np.inf
     result = kernel(function, dtype=dtype, scale_format=scale_format)(x)
-    assert_same(result, *cast(x, CASTS[function], dtype, scale_format == "ue8m0"))
+    block = [size or n for size, n in zip(CASTS[function], shape, strict=True)]
+    assert_same(result, *cast(x, block, dtype, scale_format == "ue8m0"))
 
 
 @each_form
@@ -138,17 +191,24 @@ def test_batches():
 
 @pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-def test_gated(activation, x_dtype):
+@pytest.mark.parametrize(
+    ("forward", "backward", "parts"),
+    [
+        (swiglu_quantize, swiglu_quantize_backward, 2),
+        (activation_quantize, activation_quantize_backward, 1),
+    ],
+)
+def test_activations(forward, backward, parts, activation, x_dtype):
     rng = np.random.default_rng(0)
     m, h = 301, 384
-    x = (rng.normal(size=(m, 2 * h)) * 3).astype(x_dtype)
+    x = (rng.normal(size=(m, parts * h)) * 3).astype(x_dtype)
     dy = rng.normal(size=(m, h)).astype(x_dtype)
     weights = rng.random(m).astype(np.float32)
     for given in ((), (weights,)):
-        y = kernel(swiglu_quantize, activation=activation)(x, *given)
-        assert_close(y, plain(swiglu_quantize, x, *given, activation=activation))
-        dx, dw = kernel(swiglu_quantize_backward, activation=activation)(x, dy, *given)
-        wanted_dx, wanted_dw = plain(swiglu_quantize_backward, x, dy, *given, activation=activation)
+        y = kernel(forward, activation=activation)(x, *given)
+        assert_close(y, plain(forward, x, *given, activation=activation))
+        dx, dw = kernel(backward, activation=activation)(x, dy, *given)
+        wanted_dx, wanted_dw = plain(backward, x, dy, *given, activation=activation)
         assert_close(dx, wanted_dx)
         if given:
             np.testing.assert_allclose(dw, wanted_dw, rtol=1e-4, atol=1e-4)

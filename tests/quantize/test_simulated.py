@@ -12,9 +12,12 @@ from kernel_simulator import SimulatedKernel, aligned, unwritten
 
 from deepgemm_jax import ScaledArray
 from deepgemm_jax.quantize import (
+    activation_quantize,
+    activation_quantize_backward,
     config,
     per_block_cast_to_fp8,
     per_channel_cast_to_fp8,
+    per_row_cast_to_fp8,
     per_token_cast_to_fp8,
     quantize_transpose,
     swiglu_quantize,
@@ -102,40 +105,70 @@ def test_rows_of_every_bfloat16(rows):
     assert_same(ScaledArray(data, scale), wanted.data, wanted.scale)
 
 
+@pytest.mark.parametrize(("x_dtype", "dtype"), [form[:2] for form in FORMS])
+def test_rows_with_scales_that_are_given(rows, x_dtype, dtype):
+    m, k = 37, 392
+    x, data = spoilt((m, k), x_dtype), unwritten((m, k), dtype)
+    scale = np.random.default_rng(1).lognormal(size=(m, 1)).astype(np.float32)
+    rows("scaled", "silu", x_dtype, dtype)(x=x, data=data, scale=aligned(scale), m=m, k=k)
+    wanted = per_row_cast_to_fp8(x, scale, dtype=dtype)
+    assert_same(ScaledArray(data, scale), wanted.data, wanted.scale)
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype", "scale_format"), FORMS)
+def test_whole_rows(rows, x_dtype, dtype, scale_format):
+    kernel = rows("whole_rows", "silu", x_dtype, dtype)
+    for m, k in ((11, 392), (3, 2048), (5, 4000), (2, 8192), (3, config.WHOLE_ROW)):
+        x, data = random_input(0, (m, k), x_dtype), unwritten((m, k), dtype)
+        x[1, 5], x[0, -1] = np.nan, 100
+        scale = unwritten((m, 1), np.float32)
+        kernel(x=aligned(x), data=data, scale=scale, m=m, k=k, round_up=scale_format != "float32")
+        wanted = per_row_cast_to_fp8(x, dtype=dtype, scale_format=scale_format)
+        assert_same(ScaledArray(data, scale), wanted.data, wanted.scale)
+
+
 ACTIVATIONS = [("silu", jnp.bfloat16), ("gelu", jnp.float32), ("gelu_tanh", jnp.bfloat16)]
 
 
+@pytest.mark.parametrize("parts", [2, 1])
 @pytest.mark.parametrize(("activation", "x_dtype"), ACTIVATIONS)
-def test_gated(rows, activation, x_dtype):
+def test_activations(rows, activation, x_dtype, parts):
     m, k = 21, 392
     rng = np.random.default_rng(0)
-    x = aligned((rng.normal(size=(m, 2 * k)) * 3).astype(x_dtype))
+    x = aligned((rng.normal(size=(m, parts * k)) * 3).astype(x_dtype))
     weights = rng.random(m).astype(np.float32)
     data, (memory, scale) = unwritten((m, k), FP8[0]), column_major((m, blocks(k)))
-    kernel = rows("gated", activation, x_dtype, FP8[0])
+    function, op = [("activated", activation_quantize), ("gated", swiglu_quantize)][parts - 1]
+    kernel = rows(function, activation, x_dtype, FP8[0])
     for given in ((weights,), ()):
         kernel(
             x=x, weights=given[0] if given else None, data=data, scale=memory, m=m, k=k, round_up=0
         )
-        wanted = swiglu_quantize(x, *given, activation=activation)
-        assert_close(ScaledArray(data, scale), wanted)
+        assert_close(ScaledArray(data, scale), op(x, *given, activation=activation))
 
 
+BACKWARD = [
+    ("activated_backward", activation_quantize_backward, 136),
+    ("gated_backward", swiglu_quantize_backward, 256),
+]
+
+
+@pytest.mark.parametrize("parts", [2, 1])
 @pytest.mark.parametrize(("activation", "x_dtype"), ACTIVATIONS)
-def test_gated_backward(rows, activation, x_dtype):
-    m, k = 13, 256
+def test_their_gradients(rows, activation, x_dtype, parts):
+    m, (function, op, k) = 13, BACKWARD[parts - 1]
     rng = np.random.default_rng(0)
-    x = aligned((rng.normal(size=(m, 2 * k)) * 3).astype(x_dtype))
+    x = aligned((rng.normal(size=(m, parts * k)) * 3).astype(x_dtype))
     dy = aligned(rng.normal(size=(m, k)).astype(x_dtype))
     weights = rng.random(m).astype(np.float32)
-    data, (memory, scale) = unwritten((m, 2 * k), FP8[0]), column_major((m, 2 * blocks(k)))
+    data, (memory, scale) = unwritten(x.shape, FP8[0]), column_major((m, parts * blocks(k)))
     d_weights = unwritten((m, blocks(k)), np.float32)
-    kernel = rows("gated_backward", activation, x_dtype, FP8[0])
+    kernel = rows(function, activation, x_dtype, FP8[0])
     kernel(
         x=x, dy=dy, weights=weights, data=data, scale=memory, d_weights=d_weights, m=m, k=k,
         round_up=0,
     )  # fmt: skip
-    wanted, wanted_weights = swiglu_quantize_backward(x, dy, weights, activation=activation)
+    wanted, wanted_weights = op(x, dy, weights, activation=activation)
     assert_close(ScaledArray(data, scale), wanted)
     np.testing.assert_allclose(d_weights.sum(axis=1), wanted_weights, rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""The gated activations and their gradient against float64."""
+"""The activations, gating or not, and their gradients against float64."""
 
 import functools
 import math
@@ -11,7 +11,12 @@ import pytest
 from cast_oracles import FP8
 
 from deepgemm_jax import ScaledArray
-from deepgemm_jax.quantize import swiglu_quantize, swiglu_quantize_backward
+from deepgemm_jax.quantize import (
+    activation_quantize,
+    activation_quantize_backward,
+    swiglu_quantize,
+    swiglu_quantize_backward,
+)
 
 erf = np.vectorize(math.erf, otypes=[float])
 
@@ -30,11 +35,12 @@ ACTIVATIONS = {
     "gelu_tanh": gelu_tanh,
 }
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+each_kind = pytest.mark.parametrize("gated", [True, False])
 
 
-def inputs(m, h, dtype=jnp.bfloat16):
+def inputs(m, h, gated, dtype=jnp.bfloat16):
     rng = np.random.default_rng(0)
-    x = (rng.normal(size=(m, 2 * h)) * 3).astype(dtype)
+    x = (rng.normal(size=(m, 2 * h if gated else h)) * 3).astype(dtype)
     dy = rng.normal(size=(m, h)).astype(dtype)
     return x, dy, rng.random(m).astype(np.float32)
 
@@ -58,28 +64,38 @@ def assert_quantised(result: ScaledArray, wanted, dtype):
         np.testing.assert_allclose(scale[columns][:, 0], largest, rtol=1e-4)
 
 
+def halves(x, gated):
+    """What is activated, and what that is multiplied by."""
+    x = x.astype(np.float64)
+    return np.split(x, 2, axis=1) if gated else (x, np.ones_like(x))
+
+
+@each_kind
 @each_activation
 @pytest.mark.parametrize(
     ("weighted", "m", "h", "dtype"), [(True, 7, 300, FP8[0]), (False, 130, 128, FP8[1])]
 )
-def test_forward(activation, weighted, m, h, dtype):
-    x, _, weights = inputs(m, h)
-    call = jax.jit(functools.partial(swiglu_quantize, activation=activation, dtype=dtype))
+def test_forward(activation, gated, weighted, m, h, dtype):
+    x, _, weights = inputs(m, h, gated)
+    function = swiglu_quantize if gated else activation_quantize
+    call = jax.jit(functools.partial(function, activation=activation, dtype=dtype))
     result = call(x, weights) if weighted else call(x)
-    gate, up = np.split(x.astype(np.float64), 2, axis=1)
+    gate, up = halves(x, gated)
     wanted = ACTIVATIONS[activation](gate) * up
     assert_quantised(result, wanted * weights[:, None] if weighted else wanted, dtype)
 
 
+@each_kind
 @each_activation
 @pytest.mark.parametrize(
     ("weighted", "m", "h", "dtype"), [(True, 7, 300, FP8[0]), (False, 130, 64, FP8[1])]
 )
-def test_backward(activation, weighted, m, h, dtype):
-    x, dy, weights = inputs(m, h)
-    call = jax.jit(functools.partial(swiglu_quantize_backward, activation=activation, dtype=dtype))
+def test_backward(activation, gated, weighted, m, h, dtype):
+    x, dy, weights = inputs(m, h, gated)
+    function = swiglu_quantize_backward if gated else activation_quantize_backward
+    call = jax.jit(functools.partial(function, activation=activation, dtype=dtype))
     dx, d_weights = call(x, dy, weights) if weighted else call(x, dy)
-    gate, up = np.split(x.astype(np.float64), 2, axis=1)
+    gate, up = halves(x, gated)
     f = ACTIVATIONS[activation]
     step = 1e-5
     slope = (f(gate + step) - f(gate - step)) / (2 * step)
@@ -92,7 +108,8 @@ def test_backward(activation, weighted, m, h, dtype):
         given = given * weights[:, None]
     else:
         assert d_weights is None
-    assert_quantised(dx, np.concatenate([given * up * slope, given * f(gate)], axis=1), dtype)
+    parts = [given * up * slope, given * f(gate)] if gated else [given * slope]
+    assert_quantised(dx, np.concatenate(parts, axis=1), dtype)
 
 
 def test_extreme_gates_are_finite():
@@ -132,13 +149,16 @@ DY = jnp.ones((4, 128), jnp.bfloat16)
         (lambda: swiglu_quantize(X, dtype=jnp.int8), ValueError, "dtype is int8"),
         (lambda: swiglu_quantize_backward(X, X), ValueError, r"dy has shape \(4, 256\)"),
         (lambda: swiglu_quantize_backward(X, DY.astype(int)), TypeError, "dy has dtype int32"),
+        (lambda: activation_quantize(X, activation="relu"), ValueError, "activation is 'relu'"),
+        (lambda: activation_quantize_backward(X, DY), ValueError, r"dy has shape \(4, 128\)"),
     ],
 )
 def test_bad_input(call, error, words):
-    with pytest.raises(error, match=f"^swiglu_quantize(_backward)?: .*{words}"):
+    with pytest.raises(error, match=f"^(swiglu|activation)_quantize(_backward)?: .*{words}"):
         call()
 
 
-def test_derivative_names_the_backward():
-    with pytest.raises(NotImplementedError, match="swiglu_quantize_backward computes"):
-        jax.grad(lambda x: swiglu_quantize(x).dequantize().sum())(jnp.ones((2, 256)))
+@pytest.mark.parametrize("function", [swiglu_quantize, activation_quantize])
+def test_derivative_names_the_backward(function):
+    with pytest.raises(NotImplementedError, match=f"{function.__name__}_backward computes"):
+        jax.grad(lambda x: function(x).dequantize().sum())(jnp.ones((2, 256)))

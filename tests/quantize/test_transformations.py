@@ -34,6 +34,8 @@ CALLS = {
     "per_row_cast_to_fp8": ([(M, K)], P("x", "y")),
     "per_tensor_cast_to_fp8": ([(M, K)], P("x", "y")),
     "quantize_transpose": ([(M, K)], P("x", "y")),
+    "activation_quantize": ([(M, K), (M,)], P("x", "y")),
+    "activation_quantize_backward": ([(M, K), (M, K), (M,)], P("x")),
     "swiglu_quantize": ([(M, K), (M,)], P("y")),
     "swiglu_quantize_backward": ([(M, K), (M, K // 2), (M,)], P("y")),
 }
@@ -115,7 +117,9 @@ def test_mesh(mesh, monkeypatch, kind, name):
         # A function of its own, so that no other test's trace is taken from the cache.
         results = jax.jit(lambda *xs: function(name)(*xs))(*(put(x, spec) for x in given))
     assert_equal(results, wanted)
-    assert seen == {(64, K) if spec == P("y") else (128, 256)}
+    parts = {"x": 2, "y": 4}
+    m, k = (n // parts.get(axis, 1) for n, axis in zip((M, K), (*spec, None), strict=False))
+    assert seen == {(m, k)}
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -161,14 +165,9 @@ def test_lowers_for_a_gpu(name, caplog):
     with caplog.at_level(logging.WARNING, "deepgemm_jax"):
         assert "custom_call" not in lower(call, *given, implementation="xla")
         text = lower(call, *given)
-    if name in GLOBAL:
-        assert "custom_call" not in text
-        with pytest.raises(NotImplementedError, match=f"^{name} has no kernel"):
-            lower(call, *given, implementation="cuda")
-    else:
-        assert "custom_call @deepgemm_jax_quantize" in text
-        assert lower(call, *given, implementation="cuda") == text
-        assert not caplog.records
+    assert "custom_call @deepgemm_jax_quantize" in text
+    assert lower(call, *given, implementation="cuda") == text
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
