@@ -43,9 +43,11 @@ struct Config {
   constexpr int queries() const { return columns / heads; }  // of a consumer
   constexpr int block_queries() const { return query_groups * queries(); }
   constexpr int q_bytes() const { return block_queries() * heads * kRowBytes; }
+  constexpr int weight_bytes() const { return block_queries() * heads * 4; }
   // Queries have two slots, so that the next ones arrive while these are at work.
   constexpr int smem_bytes() const {
-    return 2 * q_bytes() + stages * (kKeyBytes + kScaleBytes) + kWorkBytes + (2 + stages) * 2 * 8;
+    return 2 * (q_bytes() + weight_bytes()) + stages * (kKeyBytes + kScaleBytes) + kWorkBytes +
+           (2 + stages) * 2 * 8;
   }
 };
 

@@ -1,7 +1,7 @@
 // logits[i, j] = s_j * sum over heads h of w[i, h] * max(0, q[i, h] . k[j])
 //   for the keys j that query i sees, and -inf for the others             (FP8 operands, K-major)
 //
-//   copy warp    what to do, queries: 2 slots                 \   consumers: each has queries of
+//   copy warp    what to do, queries, weights: 2 slots        \   consumers: each has queries of
 //                tiles of 64 keys: ring of `stages` slots     /   its own, or they take turns
 //   fill warps   -inf outside of a block's tiles
 //
@@ -49,19 +49,21 @@ struct Place {
   }
 };
 
-// Where things are in shared memory: slots of queries, of keys, of scales, of parts;
+// Where things are in shared memory: slots of queries, of keys, of scales, of weights, of parts;
 // barriers.
 struct Memory {
   uint32_t base;
 
   static constexpr int kKeys = 2 * config.q_bytes();
   static constexpr int kScales = kKeys + config.stages * kKeyBytes;
-  static constexpr int kParts = kScales + config.stages * kScaleBytes;
+  static constexpr int kWeights = kScales + config.stages * kScaleBytes;
+  static constexpr int kParts = kWeights + 2 * config.weight_bytes();
   static constexpr int kBarriers = kParts + kWorkBytes;
 
   uint32_t q(int slot) const { return base + slot * config.q_bytes(); }
   uint32_t keys(int slot) const { return base + kKeys + slot * kKeyBytes; }
   uint32_t scales(int slot) const { return base + kScales + slot * kScaleBytes; }
+  uint32_t weights(int slot) const { return base + kWeights + slot * config.weight_bytes(); }
   uint32_t q_full(int slot) const { return base + kBarriers + slot * 16; }
   uint32_t q_empty(int slot) const { return q_full(slot) + 8; }
   uint32_t full(int slot) const { return base + kBarriers + (2 + slot) * 16; }
@@ -105,6 +107,14 @@ __forceinline__ void copy(const Params& p, Share share, Memory memory, Part* par
     const bool any = part.tiles.begin != part.tiles.end;
     int number = part.tiles.begin * (kTileKeys / p.page_keys) + lane;  // of a page to look up
     int page, next_page = locate(p, part, number);
+    for (int i = lane; any && i < config.block_queries() * config.heads; i += 32) {
+      const int query = i / config.heads, head = i % config.heads;
+      if (query < part.queries && head < p.heads) {
+        const long long row = part.query + query;
+        copy_async(memory.weights(q.slot) + i * 4, p.weights + row * p.heads + head);
+      }
+    }
+    barrier_arrive_after_copies(memory.q_full(q.slot));
     if (elect_one()) {
       parts[q.slot] = part;
       if (any) {
@@ -259,12 +269,12 @@ __forceinline__ void multiply(const Params& p, Memory memory, const Part* parts,
     for (int i = 0; i < kQueries; ++i) {
       const int query = query_group * kQueries + i;
       const int heads = query < part.queries ? p.heads - quad_lane * 2 : 0;
-      const float* w =
-          p.weights + static_cast<long long>(part.query + query) * p.heads + quad_lane * 2;
+      const uint32_t w = memory.weights(q.slot) + (query * config.heads + quad_lane * 2) * 4;
 #pragma unroll
-      for (int j = 0; j < config.heads / 4; ++j) {
-        const int head = j / 2 * 8 + j % 2;
-        weight[i][j] = head < heads ? 0.5f * w[head] : 0;
+      for (int j = 0; j < config.heads / 4; j += 2) {
+        const float2 pair = load_shared_pair(w + j * 16);
+        weight[i][j] = j * 4 < heads ? 0.5f * pair.x : 0;
+        weight[i][j + 1] = j * 4 + 1 < heads ? 0.5f * pair.y : 0;
       }
     }
     Row rows[kGroups];
@@ -369,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     prefetch(&params.keys);
     prefetch(&params.scales);
     for (int i = 0; i < 2; ++i) {
-      barrier_init(memory.q_full(i), 1);
+      barrier_init(memory.q_full(i), 1 + 32);
       barrier_init(memory.q_empty(i), config.consumers() * 4 + kFillWarps);
     }
     for (int i = 0; i < config.stages; ++i) {
