@@ -8,7 +8,12 @@ namespace deepgemm::attention {
 // Of shared memory, for each head of a query and for each key: depths of less are filled up with
 // zeros.
 constexpr int kRowBytes = 128;
-constexpr int kKeyRows = 64;  // keys that a consumer multiplies at once: the rows of wgmma
+constexpr int kTileKeys = 64;  // that a consumer multiplies at once: the rows of wgmma
+constexpr int kKeyBytes = kTileKeys * kRowBytes;
+// The copy engine wants a load to start at a multiple of 16 bytes, up to three keys before a tile's
+// first; otherwise it reports an illegal instruction.
+constexpr int kScaleBox = kTileKeys + 4;
+constexpr int kScaleBytes = (kScaleBox * 4 + 127) / 128 * 128;
 
 struct Range {
   int begin, end;
@@ -24,25 +29,24 @@ struct Part {
   int edges;           // whether the logits outside of all tiles are this CTA's, too
 };
 
+constexpr int kWorkBytes = 256;  // of parts, or of what tells where they begin
+
 struct Config {
   int heads;         // of a query, filled up to a power of two
   int columns;       // of a consumer's product: its queries' heads
   int query_groups;  // consumers with queries of their own
-  int key_groups;    // consumers with keys of their own
+  int key_groups;    // consumers that take the tiles in turn
   int stages;        // depth of the ring of keys
 
   constexpr int consumers() const { return query_groups * key_groups; }
   constexpr int threads() const { return (consumers() + 1) * 128; }
   constexpr int queries() const { return columns / heads; }  // of a consumer
   constexpr int block_queries() const { return query_groups * queries(); }
-  constexpr int block_keys() const { return key_groups * kKeyRows; }
   constexpr int q_bytes() const { return block_queries() * heads * kRowBytes; }
-  constexpr int key_bytes() const { return block_keys() * kRowBytes; }
-  constexpr int scale_bytes() const { return block_keys() * 4; }
-  constexpr int stage_bytes() const { return key_bytes() + scale_bytes(); }
+  constexpr int weight_bytes() const { return block_queries() * heads * 4; }
   // Queries have two slots, so that the next ones arrive while these are at work.
   constexpr int smem_bytes() const {
-    return 2 * (q_bytes() + static_cast<int>(sizeof(Part))) + stages * stage_bytes() +
+    return 2 * (q_bytes() + weight_bytes()) + stages * (kKeyBytes + kScaleBytes) + kWorkBytes +
            (2 + stages) * 2 * 8;
   }
 };

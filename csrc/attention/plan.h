@@ -67,10 +67,10 @@ inline Params params_of(const Config& config, const Operands& x) {
     p.keys_end = std::min(x.columns, x.max_pages * x.keys_each);
   } else {
     const uint64_t count = x.sequences * x.keys_each;
-    p.page_keys = config.block_keys();
+    p.page_keys = kTileKeys;
     p.keys = byte_map(x.keys, x.depth, count, 1, count * x.depth, p.page_keys, 1);
     // The copy engine wants strides that are multiples of 16, of a single row too.
-    p.scales = scale_map(x.scales, count, 1, (count * 4 + 15) / 16 * 16, p.page_keys);
+    p.scales = scale_map(x.scales, count, 1, (count * 4 + 15) / 16 * 16, kScaleBox);
     p.keys_end = x.keys_each;
   }
   return p;

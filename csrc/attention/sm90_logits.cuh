@@ -1,8 +1,8 @@
 // logits[i, j] = s_j * sum over heads h of w[i, h] * max(0, q[i, h] . k[j])
 //   for the keys j that query i sees, and -inf for the others             (FP8 operands, K-major)
 //
-//   copy warp    what to do, queries: 2 slots  \    consumers: one for each group of 64 keys of a
-//                keys: ring of `stages` slots  /    tile and each group of a block's queries
+//   copy warp    what to do, queries, weights: 2 slots        \   consumers: each has queries of
+//                tiles of 64 keys: ring of `stages` slots     /   its own, or they take turns
 //   fill warps   -inf outside of a block's tiles
 //
 //   full: the slot has been written.  empty: all its readers have finished.
@@ -10,6 +10,8 @@
 // Keys lie along the rows of wgmma, and queries and their heads along its columns: a thread then
 // holds a quarter of each query's heads for two keys. So the weights stay in registers for as long
 // as the queries do, and the sum over heads takes two instructions an element and few shuffles.
+// While the tensor cores multiply, hardly anything else is issued, so that it is the number of
+// instructions that counts, and not what overlaps with what.
 //
 // Grid: one CTA a multiprocessor, each with an equal share of all tiles.
 #pragma once
@@ -17,7 +19,6 @@
 #include "attention/config.h"
 #include "attention/work.cuh"
 #include "device/ptx.cuh"
-#include "device/store.cuh"
 #include "device/wgmma.cuh"
 
 namespace deepgemm::attention {
@@ -39,26 +40,30 @@ struct Place {
   int slot = 0;
   uint32_t parity = 0;
 
-  __forceinline__ void advance() {
-    if (++slot == slots) {
-      slot = 0;
+  __forceinline__ void advance(int steps = 1) {
+    slot += steps;
+    if (slot >= slots) {
+      slot -= slots;
       parity ^= 1;
     }
   }
 };
 
-// Where things are in shared memory: slots of queries, of keys, of scales, of parts, barriers.
+// Where things are in shared memory: slots of queries, of keys, of scales, of weights, of parts;
+// barriers.
 struct Memory {
   uint32_t base;
 
   static constexpr int kKeys = 2 * config.q_bytes();
-  static constexpr int kScales = kKeys + config.stages * config.key_bytes();
-  static constexpr int kParts = kScales + config.stages * config.scale_bytes();
-  static constexpr int kBarriers = kParts + 2 * sizeof(Part);
+  static constexpr int kScales = kKeys + config.stages * kKeyBytes;
+  static constexpr int kWeights = kScales + config.stages * kScaleBytes;
+  static constexpr int kParts = kWeights + 2 * config.weight_bytes();
+  static constexpr int kBarriers = kParts + kWorkBytes;
 
   uint32_t q(int slot) const { return base + slot * config.q_bytes(); }
-  uint32_t keys(int slot) const { return base + kKeys + slot * config.key_bytes(); }
-  uint32_t scales(int slot) const { return base + kScales + slot * config.scale_bytes(); }
+  uint32_t keys(int slot) const { return base + kKeys + slot * kKeyBytes; }
+  uint32_t scales(int slot) const { return base + kScales + slot * kScaleBytes; }
+  uint32_t weights(int slot) const { return base + kWeights + slot * config.weight_bytes(); }
   uint32_t q_full(int slot) const { return base + kBarriers + slot * 16; }
   uint32_t q_empty(int slot) const { return q_full(slot) + 8; }
   uint32_t full(int slot) const { return base + kBarriers + (2 + slot) * 16; }
@@ -70,72 +75,81 @@ using Keys = Place<config.stages>;
 
 // ---- copies -----------------------------------------------------------------------------------
 
-// Where a sequence's keys from this one on are: the page in the cache, or the first key's number in
-// all sequences. -1, which is outside the map and reads as zeros, past the sequence's end.
-__forceinline__ int locate(const Params& p, int sequence, int key, int end) {
-  if (!p.pages) return sequence * p.keys_end + key;
-  const int number = key / p.page_keys;
-  if (key >= end || number >= p.max_pages) return -1;
-  const int page = p.pages[static_cast<long long>(sequence) * p.max_pages + number];
-  if (page < 0 || page >= p.cache_pages) return -1;
-  return sequence / p.cache_share * p.cache_pages + page;
+// Where a sequence's page of keys is: its number in the cache, or its first key's in all sequences.
+// -1, which is outside the map and reads as zeros, past the sequence's end.
+__forceinline__ int locate(const Params& p, const Part& part, int number) {
+  const int key = number * p.page_keys;
+  if (!p.pages) return part.sequence * p.keys_end + key;
+  const int cache = part.sequence / p.cache_share * p.cache_pages;
+  if (key >= part.keys_end || number >= p.max_pages) return -1;
+  const int page = p.pages[static_cast<long long>(part.sequence) * p.max_pages + number];
+  return page < 0 || page >= p.cache_pages ? -1 : cache + page;
 }
 
-// By a warp. A tile's keys come in pages, each by a lane of its own, which has looked it up ahead.
+// Queries that are one block read each key once.
+__forceinline__ void load_keys(uint32_t shared, const TensorMap* map, uint32_t barrier, int x,
+                               int y, int z) {
+  if constexpr (config.query_groups == 1) {
+    tma_load_once(shared, map, barrier, x, y, z);
+  } else {
+    tma_load<1>(shared, map, barrier, x, y, z, 0);
+  }
+}
+
+// By a warp. A tile's keys come in pages, of which each lane has looked one up ahead.
 __forceinline__ void copy(const Params& p, Share share, Memory memory, Part* parts) {
   const int lane = threadIdx.x % 32;
-  const int pages = config.block_keys() / p.page_keys;  // of a tile
-  const int lookup = 32 / pages;                        // tiles
+  const int stage_bytes = kKeyBytes + (p.pages ? kTileKeys : kScaleBox) * 4;
   Keys keys;
   for (Queries q;; q.advance()) {
     const Part part = next_part<config>(p, share);
     barrier_wait(memory.q_empty(q.slot), q.parity ^ 1);
-    if (lane == 0) {
+    const bool any = part.tiles.begin != part.tiles.end;
+    int number = part.tiles.begin * (kTileKeys / p.page_keys) + lane;  // of a page to look up
+    int page, next_page = locate(p, part, number);
+    for (int i = lane; any && i < config.block_queries() * config.heads; i += 32) {
+      const int query = i / config.heads, head = i % config.heads;
+      if (query < part.queries && head < p.heads) {
+        const long long row = part.query + query;
+        copy_async(memory.weights(q.slot) + i * 4, p.weights + row * p.heads + head);
+      }
+    }
+    barrier_arrive_after_copies(memory.q_full(q.slot));
+    if (elect_one()) {
       parts[q.slot] = part;
-      if (part.tiles.begin == part.tiles.end) {
-        barrier_arrive(memory.q_full(q.slot));
-      } else {
+      if (any) {
         barrier_arrive_expect(memory.q_full(q.slot), config.q_bytes());
         tma_load<1>(memory.q(q.slot), &p.q, memory.q_full(q.slot), 0, 0, part.query, 0);
+      } else {
+        barrier_arrive(memory.q_full(q.slot));
       }
     }
     if (part.queries == 0) return;
+    __syncwarp();
 
-    const auto look_up = [&](int tile) {
-      return locate(p, part.sequence, tile * config.block_keys() + lane * p.page_keys,
-                    part.keys_end);
-    };
-    int page, next_page = look_up(part.tiles.begin);
-    for (int i = 0; part.tiles.begin + i < part.tiles.end; ++i, keys.advance()) {
-      if (i % lookup == 0) {
-        page = next_page;
-        next_page = look_up(part.tiles.begin + i + lookup);
-      }
+    int used = 32;  // of the pages that were looked up
+    for (int tile = part.tiles.begin; tile < part.tiles.end; ++tile, keys.advance()) {
       barrier_wait(memory.empty(keys.slot), keys.parity ^ 1);
-      if (lane == 0) barrier_arrive_expect(memory.full(keys.slot), config.stage_bytes());
-      __syncwarp();
-      if (lane / pages == i % lookup) {
-        const int row = lane % pages * p.page_keys;
-        const int x = p.pages ? 0 : page, z = p.pages ? page : 0;
-        tma_load<1>(memory.keys(keys.slot) + row * kRowBytes, &p.keys, memory.full(keys.slot), 0, x,
-                    z, 0);
-        tma_load<1>(memory.scales(keys.slot) + row * 4, &p.scales, memory.full(keys.slot), x, z, 0,
-                    0);
+      const uint32_t full = memory.full(keys.slot);
+      if (elect_one()) barrier_arrive_expect(full, stage_bytes);
+      for (int row = 0; row < kTileKeys; row += p.page_keys) {
+        if (used == 32) {
+          used = 0;
+          page = next_page;
+          next_page = locate(p, part, number += 32);
+        }
+        const int at = __shfl_sync(0xffffffff, page, used++);
+        const int x = p.pages ? 0 : at, z = p.pages ? at : 0;
+        if (elect_one()) {
+          load_keys(memory.keys(keys.slot) + row * kRowBytes, &p.keys, full, 0, x, z);
+          load_keys(memory.scales(keys.slot) + row * 4, &p.scales, full, x / 4 * 4, z, 0);
+        }
       }
     }
   }
 }
 
 // ---- results ----------------------------------------------------------------------------------
-
-__forceinline__ void store(const Params& p, int query, int column, float x) {
-  const long long at = static_cast<long long>(query) * p.columns + column;
-  if (p.out_float32) {
-    static_cast<float*>(p.logits)[at] = x;
-  } else {
-    static_cast<unsigned short*>(p.logits)[at] = pack_bfloat16(x, 0);
-  }
-}
 
 // Fills memory with a word, by a warp, 16 bytes at a time but for what is not aligned.
 __forceinline__ void fill(char* begin, char* end, uint32_t word) {
@@ -168,7 +182,7 @@ __forceinline__ void fill_edges(const Params& p, Memory memory, const Part* part
     for (int query = part.query + warp; query < part.query + part.queries; query += kFillWarps) {
       const int left = p.compressed ? seen_keys(p, query).begin : 0;
       const auto offset_of = [&](int tile) {
-        return min(max(tile * config.block_keys() - left, 0), p.columns) * 1ll * size;
+        return min(max(tile * kTileKeys - left, 0), p.columns) * 1ll * size;
       };
       char* row = static_cast<char*>(p.logits) + query * 1ll * p.columns * size;
       fill(row, row + offset_of(part.all.begin), infinity);
@@ -200,24 +214,51 @@ __forceinline__ void add_quad(float (&x)[count]) {
   }
 }
 
+// Where a lane stores logits of a query, and which of the columns are of keys that it sees.
+struct Row {
+  void* logits;
+  int shift;  // from the first key of a tile to the column of the lane's key
+  int first;
+  uint32_t seen, columns;
+};
+
+__forceinline__ Row row_of(const Params& p, int query, int lane_key) {
+  const Range keys = seen_keys(p, query);
+  const int left = p.compressed ? keys.begin : 0;
+  char* logits = static_cast<char*>(p.logits) + query * 1ll * p.columns * (p.out_float32 ? 4 : 2);
+  return {logits, lane_key - left, keys.begin - left, static_cast<uint32_t>(keys.end - keys.begin),
+          static_cast<uint32_t>(p.columns)};
+}
+
+// For keys eight apart.
+template <class T, int count>
+__forceinline__ void store(const Row& row, int column, const T (&x)[count]) {
+  T* const to = static_cast<T*>(row.logits) + column;
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    if (static_cast<uint32_t>(column + 8 * i) < row.columns) to[8 * i] = x[i];
+  }
+}
+
 __forceinline__ void multiply(const Params& p, Memory memory, const Part* parts, int consumer) {
   const float minus_infinity = __int_as_float(0xff800000);
   const int lane = threadIdx.x % 32, quad_lane = lane % 4;
   const int query_group = consumer % config.query_groups;
   const int key_group = consumer / config.query_groups;
-  const int warp_key = key_group * kKeyRows + threadIdx.x % 128 / 32 * 16;
 
   // Queries are summed up to four at a time, for two keys. Of these sums, numbered as add_quad
   // wants them, a lane stores the first of which the number is its own, and of eight one more.
   constexpr int kSummed = kQueries < 4 ? kQueries : 4;
   constexpr int kStored = kSummed < 4 ? 1 : 2;
+  constexpr int kGroups = kQueries / kSummed;
   const int number = quad_lane % (2 * kSummed);
   const bool stores = number == quad_lane;
   const int lane_query = query_group * kQueries + number % kSummed;
-  const int lane_key = warp_key + lane / 4 + number / kSummed * 8;
+  const int lane_key = threadIdx.x % 128 / 32 * 16 + lane / 4 + number / kSummed * 8;
 
   Keys keys;
-  bool ready = false;
+  keys.advance(key_group);
+  int skip = key_group;  // tiles of others
   for (Queries q;; q.advance()) {
     barrier_wait(memory.q_full(q.slot), q.parity);
     const Part part = parts[q.slot];
@@ -228,25 +269,53 @@ __forceinline__ void multiply(const Params& p, Memory memory, const Part* parts,
     for (int i = 0; i < kQueries; ++i) {
       const int query = query_group * kQueries + i;
       const int heads = query < part.queries ? p.heads - quad_lane * 2 : 0;
-      const float* w =
-          p.weights + static_cast<long long>(part.query + query) * p.heads + quad_lane * 2;
+      const uint32_t w = memory.weights(q.slot) + (query * config.heads + quad_lane * 2) * 4;
 #pragma unroll
-      for (int j = 0; j < config.heads / 4; ++j) {
-        const int head = j / 2 * 8 + j % 2;
-        weight[i][j] = head < heads ? 0.5f * w[head] : 0;
+      for (int j = 0; j < config.heads / 4; j += 2) {
+        const float2 pair = load_shared_pair(w + j * 16);
+        weight[i][j] = j * 4 < heads ? 0.5f * pair.x : 0;
+        weight[i][j + 1] = j * 4 + 1 < heads ? 0.5f * pair.y : 0;
       }
     }
-    Range seen[kQueries / kSummed];
+    Row rows[kGroups];
 #pragma unroll
-    for (int i = 0; i < kQueries / kSummed; ++i) {
+    for (int i = 0; i < kGroups; ++i) {
       const int query = lane_query + i * kSummed;
-      seen[i] = seen_keys(p, part.query + min(query, part.queries - 1));
+      rows[i] = row_of(p, part.query + min(query, part.queries - 1), lane_key);
+      if (!stores || query >= part.queries) rows[i].columns = 0;
     }
+    const uint32_t scale_at = (p.pages ? lane_key : lane_key + part.sequence * p.keys_end % 4) * 4;
 
     const uint64_t b = tile_descriptor(memory.q(q.slot) + query_group * config.columns * kRowBytes);
-    for (int tile = part.tiles.begin; tile < part.tiles.end; ++tile) {
-      if (!ready) barrier_wait(memory.full(keys.slot), keys.parity);
-      const uint64_t a = tile_descriptor(memory.keys(keys.slot) + key_group * kKeyRows * kRowBytes);
+    float sum[kGroups][2 * kSummed], scale[kStored];
+    const auto store_sums = [&](int tile) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        add_quad(sum[i]);
+        const Row& row = rows[i];
+        const int column = tile * kTileKeys + row.shift;
+        float x[kStored];
+#pragma unroll
+        for (int j = 0; j < kStored; ++j) {
+          const bool seen = static_cast<uint32_t>(column + 8 * j - row.first) < row.seen;
+          x[j] = seen ? sum[i][j] * scale[j] : minus_infinity;
+        }
+        if (p.out_float32) {
+          store(row, column, x);
+        } else {
+          unsigned short rounded[kStored];
+#pragma unroll
+          for (int j = 0; j < kStored; ++j) rounded[j] = pack_bfloat16(x[j], 0);
+          store(row, column, rounded);
+        }
+      }
+    };
+
+    const int begin = part.tiles.begin + skip;
+    int tile = begin;
+    for (; tile < part.tiles.end; tile += config.key_groups) {
+      barrier_wait(memory.full(keys.slot), keys.parity);
+      const uint64_t a = tile_descriptor(memory.keys(keys.slot));
       float product[config.columns / 2];
       pin(product);
       wgmma_fence();
@@ -255,66 +324,67 @@ __forceinline__ void multiply(const Params& p, Memory memory, const Part* parts,
         wgmma<config.columns>(product, a + 2 * k, b + 2 * k, k);
       }
       wgmma_commit();
-      float scale[kStored];
+      // The last tile's, now: what shuffles and stores take is mostly time, of which there is some.
+      if (tile != begin) store_sums(tile - config.key_groups);
 #pragma unroll
       for (int i = 0; i < kStored; ++i) {
-        scale[i] = load_shared(memory.scales(keys.slot) + (lane_key + 8 * i) * 4);
+        scale[i] = load_shared(memory.scales(keys.slot) + scale_at + 32 * i);
       }
       wgmma_wait<0>();
       pin(product);
       __syncwarp();
       if (lane == 0) barrier_arrive(memory.empty(keys.slot));
-      keys.advance();
-      ready = barrier_test(memory.full(keys.slot), keys.parity);
-
+      keys.advance(config.key_groups);
 #pragma unroll
-      for (int first = 0; first < kQueries; first += kSummed) {
-        float sum[2 * kSummed] = {};
-#pragma unroll
-        for (int i = 0; i < kSummed * config.heads / 2; ++i) {
-          const int query = i / (config.heads / 2), head = i % (config.heads / 2);
-          const float x = product[first * config.heads / 2 + i];
-          // Twice the ReLU; unlike a maximum it keeps NaN, and both run at full rate.
-          float& s = sum[head / 2 % 2 * kSummed + query];
-          s = fmaf(x + fabsf(x), weight[first + query][head / 4 * 2 + head % 2], s);
-        }
-        add_quad(sum);
-
-        const int query = lane_query + first;
-        const Range keys = seen[first / kSummed];
-#pragma unroll
-        for (int i = 0; i < kStored; ++i) {
-          const int key = tile * config.block_keys() + lane_key + 8 * i;
-          const int column = p.compressed ? key - keys.begin : key;
-          const bool inside = key >= keys.begin && key < keys.end;
-          if (stores && query < part.queries && static_cast<uint32_t>(column) < p.columns) {
-            store(p, part.query + query, column, inside ? sum[i] * scale[i] : minus_infinity);
-          }
-        }
+      for (int i = 0; i < config.columns / 2; ++i) {
+        const int query = i / (config.heads / 2), head = i % (config.heads / 2);
+        // Twice the ReLU; unlike a maximum it keeps NaN, and runs at full rate.
+        const float relu = product[i] + fabsf(product[i]);
+        const float w = weight[query][head / 4 * 2 + head % 2];
+        float& to = sum[query / kSummed][head / 2 % 2 * kSummed + query % kSummed];
+        to = head < 4 && head % 2 == 0 ? relu * w : fmaf(relu, w, to);
       }
     }
+    if (tile != begin) store_sums(tile - config.key_groups);
+    skip = tile - part.tiles.end;
     __syncwarp();
     if (lane == 0) barrier_arrive(memory.q_empty(q.slot));
   }
 }
 
+// Into L2, what is read to find a CTA's share or as soon as that is known; by all CTAs together.
+// The kernel before may still be writing it: so it does into L2.
+__forceinline__ void prefetch_tables(const Params& p) {
+  const auto fetch = [&](const void* x, long long bytes, long long line) {
+    if (line * 128 < bytes) prefetch_l2(static_cast<const char*>(x) + line * 128);
+  };
+  const long long queries = static_cast<long long>(p.sequences) * p.queries;
+  const long long line = static_cast<long long>(threadIdx.x) * gridDim.x + blockIdx.x;
+  fetch(p.end, queries * 4, threadIdx.x);
+  if (p.start) fetch(p.start, queries * 4, threadIdx.x);
+  if (p.pages) fetch(p.pages, static_cast<long long>(p.sequences) * p.max_pages * 4, line);
+  fetch(p.weights, queries * p.heads * 4, line);
+}
+
 extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) char shared[];
-  const Memory memory{uniform(shared_address(shared))};
+  const Memory memory{shared_address(shared)};
   const int warp = uniform(threadIdx.x / 32);
+
+  prefetch_tables(params);
 
   if (warp == 0 && elect_one()) {
     prefetch(&params.q);
     prefetch(&params.keys);
     prefetch(&params.scales);
     for (int i = 0; i < 2; ++i) {
-      barrier_init(memory.q_full(i), 1);
+      barrier_init(memory.q_full(i), 1 + 32);
       barrier_init(memory.q_empty(i), config.consumers() * 4 + kFillWarps);
     }
     for (int i = 0; i < config.stages; ++i) {
       barrier_init(memory.full(i), 1);
-      barrier_init(memory.empty(i), config.consumers() * 4);
+      barrier_init(memory.empty(i), config.query_groups * 4);
     }
     fence_barrier_init();
   }
@@ -322,9 +392,10 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
   let_next_kernel_start();
   wait_for_previous_kernel();
 
-  Part* parts = reinterpret_cast<Part*>(shared + Memory::kParts);
-  static_assert(2 * sizeof(Part) >= config.threads() / 32 * sizeof(int));
-  const Share share = share_of_cta<config>(params, reinterpret_cast<int*>(parts));
+  static_assert(config.stages % config.key_groups == 0);  // A slot is always the same consumer's.
+  static_assert(sizeof(Scratch) <= kWorkBytes && 2 * sizeof(Part) <= kWorkBytes);
+  Part* const parts = reinterpret_cast<Part*>(shared + Memory::kParts);
+  const Share share = share_of_cta<config>(params, reinterpret_cast<Scratch&>(*parts));
   __syncthreads();
   if (warp / 4 == config.consumers()) {
     shrink_registers<kProducerRegisters>();

@@ -1,7 +1,7 @@
 // Which keys a CTA scores for which queries.
 //
 // A sequence's queries are taken `block_queries` at a time. The keys that any query of a block sees
-// are cut into tiles of `block_keys`; one unit of work more is what lies outside the tiles, which
+// are cut into tiles of `kTileKeys`; one unit of work more is what lies outside the tiles, which
 // only has to be filled. All units, block after block, are divided evenly among the CTAs, whatever
 // the starts and ends on the device are.
 #pragma once
@@ -33,14 +33,14 @@ __forceinline__ Part block_at(const Params& p, int index) {
     const int number = i + threadIdx.x % lanes;
     const Range keys = seen_keys(p, part.query + min(number, part.queries - 1));
     if (keys.begin == keys.end) continue;
-    all.begin = min(all.begin, keys.begin / config.block_keys());
+    all.begin = min(all.begin, keys.begin / kTileKeys);
     part.keys_end = max(part.keys_end, keys.end);
   }
   if constexpr (lanes == 32) {
     all.begin = __reduce_min_sync(0xffffffff, all.begin);
     part.keys_end = __reduce_max_sync(0xffffffff, part.keys_end);
   }
-  all.end = ceil_div(part.keys_end, config.block_keys());
+  all.end = ceil_div(part.keys_end, kTileKeys);
   if (all.end) part.all = all;
   return part;
 }
@@ -54,53 +54,66 @@ struct Share {
   int block;   // the next one
   int unit;    // of it, the next one
   int remain;  // units
+  Part first;  // the block that it begins with
 };
 
-// By all threads; `scratch` is shared memory for an integer of each warp.
+struct Scratch {
+  int sums[32];  // each warp's units
+  Share share;   // from the thread that found its beginning
+};
+
+// By all threads.
 template <Config config>
-__forceinline__ Share share_of_cta(const Params& p, int* scratch) {
+__forceinline__ Share share_of_cta(const Params& p, Scratch& scratch) {
   constexpr int warps = config.threads() / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int blocks = p.sequences * ceil_div(p.queries, config.block_queries());
   const int each = ceil_div(blocks, config.threads());
   const int first = min(blocks, static_cast<int>(threadIdx.x) * each);
   const int last = min(blocks, first + each);
+  Part part;
   int own = 0;
-  for (int i = first; i < last; ++i) own += units_of(p, block_at<config, 1>(p, i));
+  for (int i = last; i-- > first;) {
+    part = block_at<config, 1>(p, i);
+    own += units_of(p, part);
+  }
 
   int sum = own;  // of the warp's threads up to this one
   for (int step = 1; step < 32; step *= 2) {
     const int left = __shfl_up_sync(0xffffffff, sum, step);
     if (lane >= step) sum += left;
   }
-  if (lane == 31) scratch[warp] = sum;
+  if (lane == 31) scratch.sums[warp] = sum;
   __syncthreads();
   int before = sum - own, total = 0;
   for (int i = 0; i < warps; ++i) {
     if (i == warp) before += total;
-    total += scratch[i];
+    total += scratch.sums[i];
   }
   const int share = ceil_div(total, gridDim.x);
   const int begin = min(total, static_cast<int>(blockIdx.x) * share);
-  __syncthreads();
+  const int remain = min(share, total - begin);
   if (before <= begin && begin < before + own) {
     int block = first;
-    for (int units; (units = units_of(p, block_at<config, 1>(p, block))) <= begin - before;
-         ++block) {
-      before += units;
+    for (int units; (units = units_of(p, part)) <= begin - before; before += units) {
+      part = block_at<config, 1>(p, ++block);
     }
-    scratch[0] = block;
-    scratch[1] = begin - before;
+    scratch.share = {block, begin - before, remain, part};
+  } else if (begin == total && threadIdx.x == 0) {
+    scratch.share = {};
   }
   __syncthreads();
-  return {scratch[0], scratch[1], min(share, total - begin)};
+  return scratch.share;
 }
 
 // By a warp.
 template <Config config>
 __forceinline__ Part next_part(const Params& p, Share& share) {
   while (share.remain > 0) {
-    Part part = block_at<config, 32>(p, share.block++);
+    Part part = share.first;
+    if (part.queries == 0) part = block_at<config, 32>(p, share.block);
+    share.first.queries = 0;  // It was the first this once.
+    ++share.block;
     const int units = units_of(p, part);
     const int taken = min(share.remain, units - share.unit);
     part.tiles.begin = part.all.begin + share.unit;

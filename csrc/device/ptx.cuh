@@ -84,6 +84,11 @@ __forceinline__ void prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Has L2 read the 128 bytes around an address.
+__forceinline__ void prefetch_l2(const void* x) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(x) : "memory");
+}
+
 // Loads a box. With several `peers` it lands at the same address, and counts towards the barrier at
 // the same address, in each CTA of `peer_mask`.
 template <int peers>

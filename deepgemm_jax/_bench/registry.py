@@ -170,6 +170,15 @@ BENCHMARKS = [
             (256, 1, 64, 128, 8192, "float32"),
         ],
     ),
+    Benchmark(
+        op="indexer_topk",
+        case=attention.indexer_topk,
+        chained=[],
+        shapes=[  # queries, keys, k, dtype of the logits
+            (4096, 65536, 2048, "float32"),
+            (4096, 65536, 2048, "bfloat16"),
+        ],
+    ),
     *(
         Benchmark(op=op, case=case, chained=[], shapes=MATRICES)
         for op, case in [

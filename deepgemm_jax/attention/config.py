@@ -8,11 +8,11 @@ from .._core.device import H200, Device
 
 LOGITS_SOURCE = "attention/sm90_logits.cuh"
 TOPK_SOURCE = "attention/sm90_topk.cuh"
-# To how many heads those of a query are filled up, and how wide a product of few queries may be.
-FEW_QUERIES = {16: (64, 128, 256), 32: (64, 128, 256), 64: (64, 128, 256), 128: (128, 256)}
-MANY_QUERIES = 256
-MAX_HEADS = max(FEW_QUERIES)
-MAX_STAGES = 12  # more than the latency of memory needs
+# To how many heads those of a query are filled up, and how wide a product may be: of more queries
+# the sums, which wait for the next product to be stored, would not stay in registers.
+WIDTHS = {16: (64, 128), 32: (64, 128), 64: (64, 128, 256), 128: (128, 256)}
+MAX_HEADS = max(WIDTHS)
+MAX_STAGES = 8  # of 64 keys. With more on their way, memory delivers fewer a second.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ def _logits_config(
         return _C.logits_smem_bytes([heads, columns, *groups, stages])
 
     stages = min(MAX_STAGES, (device.smem_bytes - smem(0)) // (smem(1) - smem(0)))
-    return LogitsConfig(heads, columns, *groups, stages)
+    # A slot is always the same consumer's: another might take a round of it for the one before.
+    return LogitsConfig(heads, columns, *groups, stages // groups[1] * groups[1])
 
 
 @functools.cache
@@ -42,13 +43,13 @@ def choose_logits(queries: int, heads: int, device: Device) -> LogitsConfig:
 
     The wider a product, the fewer bytes of shared memory it needs. Two consumers have queries of
     their own, so that a key read from L2 serves as many as possible, or where there are too few
-    queries for that, keys of their own.
+    queries for that, take the tiles of keys in turn.
     """
-    heads = next(h for h in FEW_QUERIES if heads <= h)
-    for columns in FEW_QUERIES[heads]:
+    heads = next(h for h in WIDTHS if heads <= h)
+    for columns in WIDTHS[heads]:
         if queries * heads <= columns:
             return _logits_config(heads, columns, (1, 2), device)
-    return _logits_config(heads, MANY_QUERIES, (2, 1), device)
+    return _logits_config(heads, WIDTHS[heads][-1], (2, 1), device)
 
 
 def logits_variants(device: Device = H200) -> list[LogitsConfig]:
@@ -56,10 +57,10 @@ def logits_variants(device: Device = H200) -> list[LogitsConfig]:
     return [
         *(
             _logits_config(heads, columns, (1, 2), device)
-            for heads, widths in FEW_QUERIES.items()
+            for heads, widths in WIDTHS.items()
             for columns in widths
         ),
-        *(_logits_config(heads, MANY_QUERIES, (2, 1), device) for heads in FEW_QUERIES),
+        *(_logits_config(heads, widths[-1], (2, 1), device) for heads, widths in WIDTHS.items()),
     ]
 
 

@@ -128,7 +128,7 @@ def test_results_repeat_bit_for_bit(platform):
 @on_each_platform
 @pytest.mark.parametrize("shared", ["", "kv", "q", "weights"])
 def test_vmap(platform, shared):
-    problem = random_problem(5, 9, 40, batch=(3,))
+    problem = random_problem(5, 9, 41, batch=(3,))
 
     def one(x):
         return jax.tree.map(lambda leaf: np.stack([leaf[0]] * 3), x)

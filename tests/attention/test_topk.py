@@ -50,9 +50,26 @@ def test_of_logits(platform, seed, s, t, k, dtype):
 
 
 @on_each_platform
-def test_of_many_keys(platform):
-    logits = np.random.default_rng(0).normal(size=(3, 5000)).astype(np.float32)
-    check(indexer_topk(put(logits, platform), 2048, return_scores=True), logits, 2048)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("k", [1, 2048])
+def test_of_many_keys(platform, dtype, k):
+    """Whatever a part of a row may lead one to think of all of it."""
+    rng = np.random.default_rng(0)
+    t = 16384
+    normal, place = rng.normal(size=t), np.arange(t)
+    rows = [
+        normal,
+        np.sort(normal),
+        rng.integers(-2, 3, t),
+        np.where(place % 16 < 4, 9, 0) + normal,
+        np.where(place % 16 < 4, 0, 9) + normal,
+        np.where(place < 3000, normal, -np.inf),
+        np.where(place % 1000 == 7, normal, -np.inf),
+        np.full(t, -np.inf),
+    ]
+    for columns in (t, 5001):
+        logits = np.stack(rows)[:, :columns].astype(dtype)
+        check(indexer_topk(put(logits, platform), k, return_scores=True), logits, k)
 
 
 @on_each_platform

@@ -28,6 +28,8 @@ void for_box(const TensorMap* tensor_map, uint32_t shared, int x, int y, int z, 
   Map map;
   std::memcpy(&map, tensor_map, sizeof map);
   if ((shared & 0xffffff) % (8 * map.swizzle_bytes)) sim::fail("a box at an odd address");
+  // The hardware has no word for this but "illegal instruction".
+  if (x * int64_t(map.element_bytes) % 16) sim::fail("a box at an odd coordinate");
   const int64_t start[] = {x, y, z};
   uint32_t at = shared;
   for (uint32_t k = 0; k < map.box[2]; ++k) {
@@ -76,6 +78,7 @@ inline void fence_barrier_init() {}
 // ---- copies -----------------------------------------------------------------------------------
 
 inline void prefetch(const TensorMap*) {}
+inline void prefetch_l2(const void*) {}
 
 template <int peers>
 void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, int y, int z,
