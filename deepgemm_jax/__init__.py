@@ -47,6 +47,8 @@ from .layout import (
     transform_sf_into_required_layout,
 )
 from .quantize import (
+    activation_quantize,
+    activation_quantize_backward,
     per_block_cast_to_fp8,
     per_channel_cast_to_fp8,
     per_row_cast_to_fp8,
@@ -64,6 +66,8 @@ from .training import Recipe, fp8_dot, grouped_linear, grouped_mlp
 __all__ = [
     "Recipe",
     "ScaledArray",
+    "activation_quantize",
+    "activation_quantize_backward",
     "bf16_gemm_nn",
     "bf16_gemm_nt",
     "bf16_gemm_tn",

@@ -35,12 +35,20 @@ for result in (
     quantize.per_token_cast_to_fp8(x),
     quantize.per_channel_cast_to_fp8(x),
     quantize.per_block_cast_to_fp8(x),
+    quantize.per_row_cast_to_fp8(x),
     *quantize.quantize_transpose(x),
     quantize.quantize_transpose(x, sizes)[0][:237],
 ):
     assert (result.dequantize() == 1).all()
-jax.block_until_ready(quantize.swiglu_quantize(gates))
-jax.block_until_ready(quantize.swiglu_quantize_backward(gates, dy))
+jax.block_until_ready(
+    [
+        quantize.per_tensor_cast_to_fp8(x),
+        quantize.swiglu_quantize(gates),
+        quantize.swiglu_quantize_backward(gates, dy),
+        quantize.activation_quantize(gates),
+        quantize.activation_quantize_backward(gates, gates),
+    ]
+)
 for dtype in (jnp.int8, jnp.bfloat16, jnp.float32):
     elements = (jnp.arange(304 * 400) % 100).astype(dtype)
     assert (layout_transpose(elements.reshape(304, 400)).T.ravel() == elements).all()
