@@ -9,7 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 from .._core import compat
 from ..quantize import per_token_cast_to_fp8, swiglu_quantize
 from ..scaled import ScaledArray
-from .products import KEPT, Groups, Operand, Products
+from . import reference
+from .op import swiglu_backward_transpose
+from .products import KEPT, Groups, Operand, Products, Summed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -32,14 +34,8 @@ def _up_and_down(products, rows, weights, of, router_weights):
     if products.recipe.forward == "fp8":
         y = swiglu_quantize(h, router_weights, implementation=products.implementation)
     else:
-        y = swiglu(h, router_weights).astype(jnp.bfloat16)
+        y = reference.swiglu(h, router_weights).astype(jnp.bfloat16)
     return h, products.times(y, weights[1], of)
-
-
-def swiglu(h: jax.Array, router_weights: jax.Array | None) -> jax.Array:
-    gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
-    y = jax.nn.silu(gate) * up
-    return y if router_weights is None else y * router_weights.astype(jnp.float32)[:, None]
 
 
 def _forward(products, x, weights, of, router_weights, main_grads):
@@ -57,13 +53,18 @@ def _backward(products, residuals, d_out):
     x, h, (gate_up, down), of, router_weights, main_grads = residuals
     rows, d_out = products.operands(d_out, of, recipe.dgrad, recipe.wgrad)
     dy = products.times(rows, down, of, transposed=True)
-    if isinstance(h, ScaledArray):
-        h = h.dequantize(products.dtype)
-    y, pullback = jax.vjp(swiglu, h, router_weights)
-    dy = compat.of_type(dy.astype(y.dtype), jax.typeof(y).sharding)
-    dh, d_router_weights = pullback(dy)
-    _, y = products.operands(y.astype(products.dtype), of, "bf16", recipe.wgrad)
-    rows, dh = products.operands(dh, of, recipe.dgrad, recipe.wgrad)
+    if recipe.dgrad == recipe.wgrad == "fp8":
+        rows, *columns, d_router_weights = swiglu_backward_transpose(
+            h, dy, of.sizes, router_weights, products.implementation
+        )
+        dh, y = (Summed(x, d_out.sizes) for x in columns)
+    else:
+        if isinstance(h, ScaledArray):
+            h = h.dequantize(products.dtype)
+        dh, y, terms = reference.swiglu_backward(h, dy, router_weights)
+        d_router_weights = terms.sum(-1)
+        _, y = products.operands(y.astype(products.dtype), of, "bf16", recipe.wgrad)
+        rows, dh = products.operands(dh.astype(h.dtype), of, recipe.dgrad, recipe.wgrad)
     dx = products.times(rows, gate_up, of, transposed=True)
     d_weights, d_main_grads = zip(
         products.sum(x, dh, of, gate_up, main_grads[0]),
@@ -71,6 +72,7 @@ def _backward(products, residuals, d_out):
         strict=True,
     )
     dx = compat.of_type(dx, products.sharding)
+    d_router_weights = None if router_weights is None else d_router_weights
     return dx, d_weights, None, d_router_weights, d_main_grads
 
 

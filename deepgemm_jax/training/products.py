@@ -21,6 +21,7 @@ from ..grouped import (
     m_grouped_bf16_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_contiguous,
 )
+from ..layout import layout_transpose
 from ..quantize import per_token_cast_to_fp8, prepare_weight, quantize_transpose
 from ..scaled import ScaledArray
 from .recipe import Recipe
@@ -92,10 +93,8 @@ class Products:
         if of is not None:
             options["group_offsets"] = of.offsets(of.sizes, x.shape[0])
         if isinstance(x, ScaledArray):
-            layout = "nk" if transposed else "kn"
-            weight: Operand = prepare_weight(w, layout=layout, implementation=self.implementation)
             product = fp8_gemm_1d2d if of is None else m_grouped_fp8_gemm_nt_contiguous
-            return product(x, weight, **options)
+            return product(x, self.narrow_weight(w, transposed), **options)
         if of is None:
             product = bf16_gemm_nt if transposed else bf16_gemm_nn
         elif transposed:
@@ -103,6 +102,17 @@ class Products:
         else:
             product = m_grouped_bf16_gemm_nn_contiguous
         return product(x, w.astype(jnp.bfloat16), **options)
+
+    def narrow_weight(self, w: jax.Array, transposed: bool) -> ScaledArray:
+        """wᵀ in FP8, which contracts w's rows, or w, which contracts its columns.
+
+        Both begin with the same cast, so that XLA computes it once where both are in a program.
+        """
+        weight = prepare_weight(w, implementation=self.implementation)
+        if transposed:
+            return weight
+        data = layout_transpose(weight.data, implementation=self.implementation)
+        return ScaledArray(data, jnp.swapaxes(weight.scale, -1, -2))
 
     def sum(
         self,
