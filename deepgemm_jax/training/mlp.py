@@ -61,6 +61,7 @@ def _backward(products, residuals, d_out):
     else:
         if isinstance(h, ScaledArray):
             h = h.dequantize(products.dtype)
+        dy = compat.of_type(dy, jax.typeof(h).sharding)
         dh, y, terms = reference.swiglu_backward(h, dy, router_weights)
         d_router_weights = terms.sum(-1)
         _, y = products.operands(y.astype(products.dtype), of, "bf16", recipe.wgrad)
@@ -72,7 +73,10 @@ def _backward(products, residuals, d_out):
         strict=True,
     )
     dx = compat.of_type(dx, products.sharding)
-    d_router_weights = None if router_weights is None else d_router_weights
+    if router_weights is None:
+        d_router_weights = None
+    else:
+        d_router_weights = compat.of_type(d_router_weights, jax.typeof(router_weights).sharding)
     return dx, d_weights, None, d_router_weights, d_main_grads
 
 
