@@ -1,7 +1,7 @@
 // data[m, k] = FP8(x[m, k] / scale), and the same for the transposed, by tiles of 128 x 128:
 //
 //   per channel   scale[m / 128, k] = max over the tile's rows |x| / largest
-//   per block     scale[m / 128, k / 128] = max over the tile |x| / largest
+//   per block     scale[m / 128, k / 128] = max over the tile |x| / largest, and t_data[k, m]
 //   both ways     scale[m, k / 128] and data, and t_scale[k, t / 128] and t_data[k, t], t being m
 //
 //                 8 columns
@@ -135,7 +135,12 @@ struct Tile {
       p.scale[((long long)batch * p.tiles_m() + t) * p.tiles_k() + k0 / kBlock] = scale;
     }
     const float same = __frcp_rn(scale);
-    store({same, same, same, same, same, same, same, same});
+    const float of_column[] = {same, same, same, same, same, same, same, same};
+    if constexpr (config.tiling == kPerBlock) {
+      store(of_column);
+    } else {
+      store_both_ways([&](int) { return same; }, of_column);
+    }
   }
 
   // Writes the scales of the thread's rows; lane i of 16 gets the reciprocal of row i's.
@@ -154,13 +159,19 @@ struct Tile {
     const float of_row = scale_rows();
     float of_column[kVector];
     scale_columns(p.t_scale + ((long long)batch * p.tiles_m() + t) * p.k + k0, of_column);
+    store_both_ways([&](int i) { return __shfl_sync(0xffffffff, of_row, i, 16); }, of_column);
+  }
 
+  // `of_row(i)` is the reciprocal of the scale of the thread's row i, `of_column[j]` that of its
+  // column j.
+  template <class OfRow>
+  __forceinline__ void store_both_ways(OfRow of_row, const float (&of_column)[kVector]) {
     // x leaves its registers as the columns' bytes need them.
     uint32_t columns[kVector][kRows / 4];
     unsigned short pair[kVector];
     float y[kVector];
     for_rows(p.data, [&](int i, unsigned char* address, bool valid) {
-      const float same = __shfl_sync(0xffffffff, of_row, i, 16);
+      const float same = of_row(i);
       const uint2 bytes = quantised<config.e5m2>(x[i], [&](int) { return same; });
       if (valid) *reinterpret_cast<uint2*>(address) = bytes;
 #pragma unroll
@@ -225,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(deepgemm::quantize::config.threads(
   tile.load();
   if constexpr (config.tiling == kPerChannel) {
     tile.quantise_columns();
-  } else if constexpr (config.tiling == kPerBlock) {
+  } else if constexpr (config.tiling == kPerBlock || config.tiling == kPerBlockBothWays) {
     tile.quantise_block();
   } else {
     tile.quantise_both_ways();

@@ -1,4 +1,5 @@
-// What the variants of the training kernels are, and what the host hands to them.
+// What the training kernels are, of each of which there is one variant, and what the host hands to
+// them.
 #pragma once
 
 #include "device/types.h"
@@ -6,6 +7,30 @@
 namespace deepgemm::training {
 
 constexpr int kBlock = 128;  // elements along a dim that share a scale
+
+struct SwigluForwardParams {
+  const void* h;         // bfloat16 [m, 2 k]: gate and up beside each other
+  const float* weights;  // [m] or null
+  unsigned char* y;      // [m, k]
+  float* y_scale;        // [blocks, m]
+  unsigned char* kept;   // h in FP8, [m, 2 k]
+  float* kept_scale;     // [2 blocks, m]
+  int m, k;
+
+  constexpr int blocks() const { return k / kBlock; }  // of 128 columns
+};
+
+struct SwigluForward {
+  using Params = SwigluForwardParams;
+  static constexpr const char* kSource = "training/sm90_swiglu_forward.cuh";
+  static constexpr int kRowsPerWarp = 8;
+
+  constexpr int threads() const { return 256; }
+  constexpr int smem_bytes() const { return 0; }
+  constexpr int ctas(const Params& p) const {
+    return ceil_div(ceil_div(p.m, kRowsPerWarp) * p.blocks(), threads() / 32);
+  }
+};
 
 struct SwigluBackwardParams {
   const unsigned char* h;  // [batch, m, 2 k]: gate and up beside each other
@@ -28,16 +53,17 @@ struct SwigluBackwardParams {
   constexpr int tiles() const { return batch * tiles_m() * tiles_k(); }
 };
 
-struct SwigluBackwardConfig {  // of which there is one
+struct SwigluBackward {
+  using Params = SwigluBackwardParams;
+  static constexpr const char* kSource = "training/sm90_swiglu_backward.cuh";
+
   constexpr int threads() const { return 256; }
   // The tile of each result in bfloat16, and what warps tell each other of columns.
   constexpr int smem_bytes() const {
     return 3 * 2 * kBlock * kBlock + (threads() / 32 + 1) * kBlock * 4;
   }
   // One for each tile, and one for each 128 rows, which may be of no group.
-  constexpr int ctas(const SwigluBackwardParams& p) const {
-    return p.tiles() + p.batch * ceil_div(p.m, kBlock);
-  }
+  constexpr int ctas(const Params& p) const { return p.tiles() + p.batch * ceil_div(p.m, kBlock); }
 };
 
 }  // namespace deepgemm::training

@@ -5,21 +5,26 @@ namespace ffi = xla::ffi;
 namespace deepgemm::training {
 namespace {
 
-constexpr char kOp[] = "swiglu_backward";
-constexpr SwigluBackwardConfig config;
+constexpr char kOp[] = "training";
 
-ffi::ErrorOr<std::unique_ptr<SwigluBackwardState>> instantiate(std::string_view arch) {
-  std::unique_ptr<SwigluBackwardState> state;
-  const ffi::Error error = jit::guarded(kOp, [&] {
-    state.reset(new SwigluBackwardState{
-        jit::Kernel::get({"training/sm90_swiglu_backward.cuh", {}, std::string(arch)})});
-  });
-  if (error.failure()) return ffi::Unexpected(error);
-  return state;
+template <class Config>
+ffi::ErrorOr<std::unique_ptr<State<Config>>> instantiate(std::string_view arch) {
+  return jit::instantiate<State<Config>>(kOp, arch);
 }
 
-ffi::Error initialize(SwigluBackwardState* state) {
-  return jit::guarded(kOp, [&] { state->kernel.prepare(config.smem_bytes()); });
+template <class Config>
+ffi::Error initialize(State<Config>* state) {
+  return jit::guarded(kOp, [&] { state->kernel.prepare(Config().smem_bytes()); });
+}
+
+template <class Config>
+void launch(const State<Config>& state, jit::CUstream stream, typename Config::Params& params) {
+  constexpr Config config;
+  void* args[] = {&params};
+  state.kernel.launch({stream, static_cast<unsigned>(config.ctas(params)),
+                       static_cast<unsigned>(config.threads()), /*cluster=*/1,
+                       static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
+                      args);
 }
 
 template <class T>
@@ -27,12 +32,33 @@ T* address(const ffi::AnyBuffer& x) {
   return static_cast<T*>(x.untyped_data());
 }
 
-ffi::Error execute(jit::CUstream stream, SwigluBackwardState* state, ffi::AnyBuffer h,
-                   ffi::AnyBuffer h_scale, ffi::AnyBuffer dy, ffi::AnyBuffer group_sizes,
-                   ffi::RemainingArgs weights, ffi::Result<ffi::AnyBuffer> dh,
-                   ffi::Result<ffi::AnyBuffer> dh_scale, ffi::Result<ffi::AnyBuffer> t_dh,
-                   ffi::Result<ffi::AnyBuffer> t_dh_scale, ffi::Result<ffi::AnyBuffer> t_y,
-                   ffi::Result<ffi::AnyBuffer> t_y_scale, ffi::Result<ffi::AnyBuffer> d_weights) {
+const float* weights_of(ffi::RemainingArgs args) {
+  return args.size() ? address<const float>(*args.get<ffi::AnyBuffer>(0)) : nullptr;
+}
+
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+ffi::Error forward(jit::CUstream stream, State<SwigluForward>* state, ffi::AnyBuffer h,
+                   ffi::RemainingArgs weights, Result y, Result y_scale, Result kept,
+                   Result kept_scale) {
+  return jit::guarded(kOp, [&] {
+    SwigluForwardParams params = {};
+    params.h = h.untyped_data();
+    params.weights = weights_of(weights);
+    params.y = address<unsigned char>(*y);
+    params.y_scale = address<float>(*y_scale);
+    params.kept = address<unsigned char>(*kept);
+    params.kept_scale = address<float>(*kept_scale);
+    params.m = h.dimensions()[0];
+    params.k = h.dimensions()[1] / 2;
+    launch(*state, stream, params);
+  });
+}
+
+ffi::Error backward(jit::CUstream stream, State<SwigluBackward>* state, ffi::AnyBuffer h,
+                    ffi::AnyBuffer h_scale, ffi::AnyBuffer dy, ffi::AnyBuffer group_sizes,
+                    ffi::RemainingArgs weights, Result dh, Result dh_scale, Result t_dh,
+                    Result t_dh_scale, Result t_y, Result t_y_scale, Result d_weights) {
   return jit::guarded(kOp, [&] {
     const auto dims = dy.dimensions();
     SwigluBackwardParams params = {};
@@ -40,7 +66,7 @@ ffi::Error execute(jit::CUstream stream, SwigluBackwardState* state, ffi::AnyBuf
     params.h_scale = address<const float>(h_scale);
     params.dy = dy.untyped_data();
     params.group_sizes = address<const int>(group_sizes);
-    if (weights.size()) params.weights = address<const float>(*weights.get<ffi::AnyBuffer>(0));
+    params.weights = weights_of(weights);
     params.dh = address<unsigned char>(*dh);
     params.dh_scale = address<float>(*dh_scale);
     params.t_dh = address<unsigned char>(*t_dh);
@@ -53,31 +79,46 @@ ffi::Error execute(jit::CUstream stream, SwigluBackwardState* state, ffi::AnyBuf
     params.k = dims.back();
     params.groups = group_sizes.dimensions().back();
     params.t_rows = t_y->dimensions().back();
-
-    void* args[] = {&params};
-    state->kernel.launch({stream, static_cast<unsigned>(config.ctas(params)),
-                          static_cast<unsigned>(config.threads()), /*cluster=*/1,
-                          static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
-                         args);
+    launch(*state, stream, params);
   });
 }
+
+template <class Config>
+auto initialize_binding() {
+  return ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().Ctx<ffi::State<State<Config>>>();
+}
+
+auto instantiate_binding() { return ffi::Ffi::BindInstantiate().Attr<std::string_view>("arch"); }
 
 }  // namespace
 }  // namespace deepgemm::training
 
-using deepgemm::training::SwigluBackwardState;
+using namespace deepgemm::training;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SwigluBackwardInstantiate, deepgemm::training::instantiate,
-                              ffi::Ffi::BindInstantiate().Attr<std::string_view>("arch"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    SwigluBackwardInitialize, deepgemm::training::initialize,
-    ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().Ctx<ffi::State<SwigluBackwardState>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SwigluBackwardExecute, deepgemm::training::execute,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SwigluForwardInstantiate, instantiate<SwigluForward>,
+                              instantiate_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SwigluForwardInitialize, initialize<SwigluForward>,
+                              initialize_binding<SwigluForward>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SwigluForwardExecute, forward,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<deepgemm::jit::CUstream>>()
-                                  .Ctx<ffi::State<SwigluBackwardState>>()
+                                  .Ctx<ffi::State<State<SwigluForward>>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SwigluBackwardInstantiate, instantiate<SwigluBackward>,
+                              instantiate_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SwigluBackwardInitialize, initialize<SwigluBackward>,
+                              initialize_binding<SwigluBackward>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SwigluBackwardExecute, backward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<deepgemm::jit::CUstream>>()
+                                  .Ctx<ffi::State<State<SwigluBackward>>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

@@ -25,7 +25,7 @@ namespace deepgemm::training {
 using quantize::kVector;
 using quantize::reduce_over_16_lanes;
 
-constexpr SwigluBackwardConfig config{CONFIG};
+constexpr SwigluBackward config{CONFIG};
 
 constexpr int kRows = 8;  // of a thread
 constexpr int kWarps = config.threads() / 32;

@@ -11,7 +11,7 @@ TILES = "quantize/sm90_tiles.cuh"
 
 FUNCTIONS = ("cast", "gated", "gated_backward")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-TILINGS = ("per_channel", "per_block", "both_ways")
+TILINGS = ("per_channel", "per_block", "both_ways", "per_block_both_ways")
 
 
 @dataclasses.dataclass(frozen=True)

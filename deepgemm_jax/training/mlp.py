@@ -10,7 +10,7 @@ from .._core import compat
 from ..quantize import per_token_cast_to_fp8, swiglu_quantize
 from ..scaled import ScaledArray
 from . import reference
-from .op import swiglu_backward_transpose
+from .op import swiglu_backward, swiglu_forward
 from .products import KEPT, Groups, Operand, Products, Summed
 
 
@@ -23,27 +23,33 @@ def mlp(
     router_weights: jax.Array | None,
     main_grads: tuple[jax.Array | None, jax.Array | None],
 ) -> jax.Array:
-    rows, _ = products.operands(x, of, products.recipe.forward, "bf16")
-    return _up_and_down(products, rows, weights, of, router_weights)[1]
-
-
-def _up_and_down(products, rows, weights, of, router_weights):
-    """What is between the products, gate and up, and the result."""
+    recipe = products.recipe
+    rows, _ = products.operands(x, of, recipe.forward, "bf16")
     h = products.times(rows, weights[0], of)
-    y: Operand
-    if products.recipe.forward == "fp8":
-        y = swiglu_quantize(h, router_weights, implementation=products.implementation)
+    y, _ = _activate(products, h, router_weights, recipe.forward, "bf16")
+    return products.times(y, weights[1], of)
+
+
+def _activate(
+    products: Products, h: jax.Array, router_weights: jax.Array | None, times: str, kept: str
+) -> tuple[Operand, Operand]:
+    """The activation's result as an operand, and what is kept of h, in these precisions."""
+    implementation = products.implementation
+    if times == kept == "fp8":
+        return swiglu_forward(h, router_weights, implementation)
+    if times == "fp8":
+        y = swiglu_quantize(h, router_weights, implementation=implementation)
     else:
         y = reference.swiglu(h, router_weights).astype(jnp.bfloat16)
-    return h, products.times(y, weights[1], of)
+    return y, per_token_cast_to_fp8(h, implementation=implementation) if kept == "fp8" else h
 
 
 def _forward(products, x, weights, of, router_weights, main_grads):
     recipe = products.recipe
     rows, summed = products.operands(x, of, recipe.forward, recipe.wgrad)
-    h, out = _up_and_down(products, rows, weights, of, router_weights)
-    if recipe.wgrad == "fp8":
-        h = per_token_cast_to_fp8(h, implementation=products.implementation)
+    h = products.times(rows, weights[0], of)
+    y, h = _activate(products, h, router_weights, recipe.forward, recipe.wgrad)
+    out = products.times(y, weights[1], of)
     summed, h = checkpoint_name((summed, h), KEPT)
     return out, (summed, h, weights, of, router_weights, main_grads)
 
@@ -54,7 +60,7 @@ def _backward(products, residuals, d_out):
     rows, d_out = products.operands(d_out, of, recipe.dgrad, recipe.wgrad)
     dy = products.times(rows, down, of, transposed=True)
     if recipe.dgrad == recipe.wgrad == "fp8":
-        rows, *columns, d_router_weights = swiglu_backward_transpose(
+        rows, *columns, d_router_weights = swiglu_backward(
             h, dy, of.sizes, router_weights, products.implementation
         )
         dh, y = (Summed(x, d_out.sizes) for x in columns)
@@ -62,7 +68,7 @@ def _backward(products, residuals, d_out):
         if isinstance(h, ScaledArray):
             h = h.dequantize(products.dtype)
         dy = compat.of_type(dy, jax.typeof(h).sharding)
-        dh, y, terms = reference.swiglu_backward(h, dy, router_weights)
+        dh, y, terms = reference.swiglu_gradients(h, dy, router_weights)
         d_router_weights = terms.sum(-1)
         _, y = products.operands(y.astype(products.dtype), of, "bf16", recipe.wgrad)
         rows, dh = products.operands(dh.astype(h.dtype), of, recipe.dgrad, recipe.wgrad)

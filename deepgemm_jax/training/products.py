@@ -21,7 +21,6 @@ from ..grouped import (
     m_grouped_bf16_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_contiguous,
 )
-from ..layout import layout_transpose
 from ..quantize import per_token_cast_to_fp8, prepare_weight, quantize_transpose
 from ..scaled import ScaledArray
 from .recipe import Recipe
@@ -104,15 +103,14 @@ class Products:
         return product(x, w.astype(jnp.bfloat16), **options)
 
     def narrow_weight(self, w: jax.Array, transposed: bool) -> ScaledArray:
-        """wᵀ in FP8, which contracts w's rows, or w, which contracts its columns.
+        """w in FP8 for x w or for x wᵀ.
 
-        Both begin with the same cast, so that XLA computes it once where both are in a program.
+        Both come of one call, which XLA makes once where the other is in the same program.
         """
-        weight = prepare_weight(w, implementation=self.implementation)
-        if transposed:
-            return weight
-        data = layout_transpose(weight.data, implementation=self.implementation)
-        return ScaledArray(data, jnp.swapaxes(weight.scale, -1, -2))
+        forward, backward = prepare_weight(
+            w, layout="kn", transposed=True, implementation=self.implementation
+        )
+        return backward if transposed else forward
 
     def sum(
         self,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ..quantize import quantize_transpose
+from ..quantize import per_token_cast_to_fp8, quantize_transpose, swiglu_quantize
 from ..scaled import BLOCK, ScaledArray
 
 
@@ -13,7 +13,7 @@ def swiglu(h: jax.Array, weights: jax.Array | None) -> jax.Array:
     return y if weights is None else y * weights[:, None]
 
 
-def swiglu_backward(
+def swiglu_gradients(
     h: jax.Array, dy: jax.Array, weights: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradient of h, the result once more, and what sums to the gradient of the weights."""
@@ -28,11 +28,17 @@ def swiglu_backward(
     return jnp.concatenate([d_gate, dy * activated], axis=-1), y, d_weights
 
 
-def swiglu_backward_transpose(params, h, scale, dy, group_sizes, weights=None):
+def swiglu_forward(params, h, weights=None):
+    y = swiglu_quantize(h, weights, implementation=params.implementation)
+    kept = per_token_cast_to_fp8(h, implementation=params.implementation)
+    return [y.data, y.scale, kept.data, kept.scale]
+
+
+def swiglu_backward(params, h, scale, dy, group_sizes, weights=None):
     if h.ndim > 2:
         operands = (h, scale, dy, group_sizes, *(() if weights is None else (weights,)))
-        return jax.vmap(lambda *operands: swiglu_backward_transpose(params, *operands))(*operands)
-    dh, y, d_weights = swiglu_backward(ScaledArray(h, scale).dequantize(), dy, weights)
+        return jax.vmap(lambda *operands: swiglu_backward(params, *operands))(*operands)
+    dh, y, d_weights = swiglu_gradients(ScaledArray(h, scale).dequantize(), dy, weights)
 
     def quantize(x):
         return quantize_transpose(
