@@ -37,6 +37,7 @@ def _activate(
     implementation = products.implementation
     if times == kept == "fp8":
         return swiglu_forward(h, router_weights, implementation)
+    y: Operand
     if times == "fp8":
         y = swiglu_quantize(h, router_weights, implementation=implementation)
     else:
@@ -54,24 +55,40 @@ def _forward(products, x, weights, of, router_weights, main_grads):
     return out, (summed, h, weights, of, router_weights, main_grads)
 
 
+def _gradients(
+    products: Products,
+    h: Operand,
+    dy: jax.Array,
+    of: Groups,
+    router_weights: jax.Array | None,
+    sizes: jax.Array,
+) -> tuple[Operand, Summed, Summed, jax.Array | None]:
+    """dh as both operands, y as the operand of a sum, whose groups have these sizes in FP8; and
+    the gradient of the router's weights."""
+    recipe = products.recipe
+    if recipe.dgrad == recipe.wgrad == "fp8":
+        rows, dh, y, d_weights = swiglu_backward(
+            h, dy, of.sizes, router_weights, products.implementation
+        )
+        operands = rows, Summed(dh, sizes), Summed(y, sizes)
+    else:
+        h = h.dequantize(products.dtype) if isinstance(h, ScaledArray) else h
+        dy = compat.of_type(dy, jax.typeof(h).sharding)
+        d_h, again, terms = reference.swiglu_gradients(h, dy, router_weights)
+        _, of_y = products.operands(again.astype(products.dtype), of, "bf16", recipe.wgrad)
+        operands = *products.operands(d_h.astype(h.dtype), of, recipe.dgrad, recipe.wgrad), of_y
+        d_weights = terms.sum(-1)
+    if router_weights is None:
+        return *operands, None
+    return *operands, compat.of_type(d_weights, jax.typeof(router_weights).sharding)
+
+
 def _backward(products, residuals, d_out):
     recipe = products.recipe
     x, h, (gate_up, down), of, router_weights, main_grads = residuals
     rows, d_out = products.operands(d_out, of, recipe.dgrad, recipe.wgrad)
     dy = products.times(rows, down, of, transposed=True)
-    if recipe.dgrad == recipe.wgrad == "fp8":
-        rows, *columns, d_router_weights = swiglu_backward(
-            h, dy, of.sizes, router_weights, products.implementation
-        )
-        dh, y = (Summed(x, d_out.sizes) for x in columns)
-    else:
-        if isinstance(h, ScaledArray):
-            h = h.dequantize(products.dtype)
-        dy = compat.of_type(dy, jax.typeof(h).sharding)
-        dh, y, terms = reference.swiglu_gradients(h, dy, router_weights)
-        d_router_weights = terms.sum(-1)
-        _, y = products.operands(y.astype(products.dtype), of, "bf16", recipe.wgrad)
-        rows, dh = products.operands(dh.astype(h.dtype), of, recipe.dgrad, recipe.wgrad)
+    rows, dh, y, d_router_weights = _gradients(products, h, dy, of, router_weights, d_out.sizes)
     dx = products.times(rows, gate_up, of, transposed=True)
     d_weights, d_main_grads = zip(
         products.sum(x, dh, of, gate_up, main_grads[0]),
@@ -79,10 +96,6 @@ def _backward(products, residuals, d_out):
         strict=True,
     )
     dx = compat.of_type(dx, products.sharding)
-    if router_weights is None:
-        d_router_weights = None
-    else:
-        d_router_weights = compat.of_type(d_router_weights, jax.typeof(router_weights).sharding)
     return dx, d_weights, None, d_router_weights, d_main_grads
 
 
