@@ -157,7 +157,9 @@ def loss_and_loads(config, recipe, parameters, biases, tokens):
         y, load = mixture(config, recipe, rows, p, bias)
         return x + y.reshape(x.shape), load
 
-    x = parameters["embedding"].astype(jnp.bfloat16)[tokens[:, :-1]]
+    # As a product, whose gradient is one too: that of a gather adds up rows one after another.
+    rows = jax.nn.one_hot(tokens[:, :-1], VOCABULARY, dtype=jnp.bfloat16)
+    x = rows @ parameters["embedding"].astype(jnp.bfloat16)
     # Nothing of a layer is kept but its input, as in a model that fills the memory.
     layers = parameters["layers"], biases
     x, loads = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, layers)
