@@ -4,13 +4,14 @@ Mixture-of-experts layers with a shared expert, top-4 routing by sigmoid scores,
 without an auxiliary loss: a bias on the scores, which no gradient sees, follows the loads. All of
 the layers' matrix products, forward and backward, are the package's. The text is generated.
 
-    python examples/train_moe.py                 on a GPU
+    python examples/train_moe.py                 on a GPU, in half a minute
     python examples/train_moe.py --size small    on a CPU, in ten minutes
     python examples/train_moe.py --size tiny     in a minute
 """
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import json
 import random
@@ -254,6 +255,7 @@ def main(arguments: list[str] | None = None) -> dict:
         about = {
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
+            "date": datetime.date.today().isoformat(),
             "config": dataclasses.asdict(config),
             "final_loss": final,
         }

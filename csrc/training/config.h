@@ -57,7 +57,7 @@ struct SwigluBackward {
   using Params = SwigluBackwardParams;
   static constexpr const char* kSource = "training/sm90_swiglu_backward.cuh";
 
-  constexpr int threads() const { return 512; }
+  constexpr int threads() const { return 256; }
   // The tile of each result in bfloat16, and what warps tell each other of columns.
   constexpr int smem_bytes() const {
     return 3 * 2 * kBlock * kBlock + (threads() / 32 + 1) * kBlock * 4;

@@ -7,10 +7,10 @@
 // by tiles of 128 x 128, of which gate and up are given in FP8:
 //
 //                8 columns
-//   4 rows    thread 0  | 1 | ... | 15      A thread computes 4 rows of 8 columns of each result.
+//   8 rows    thread 0  | 1 | ... | 15      A thread computes 8 rows of 8 columns of each result.
 //             thread 16 | ...               Results are rounded to bfloat16 and quantised one by one,
-//             ...                           while the others wait in shared memory. Four rows of a
-//             thread 496 | ...              column are 4 bytes of the transposed.
+//             ...                           while the others wait in shared memory. Eight rows of a
+//             thread 240 | ...              column are 8 bytes of the transposed.
 //
 // Rows belong to groups, as quantize/sm90_tiles.cuh has them.
 #pragma once
@@ -27,7 +27,7 @@ using quantize::reduce_over_16_lanes;
 
 constexpr SwigluBackward config{CONFIG};
 
-constexpr int kRows = 4;  // of a thread
+constexpr int kRows = 8;  // of a thread
 constexpr int kWarps = config.threads() / 32;
 
 using Row = quantize::Vector<false>;
@@ -45,8 +45,8 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == config.smem_bytes());
 
-// Of the transposed, four bytes for each four rows.
-using Columns = uint32_t[kBlock][kBlock / kRows];
+// Of the transposed, eight bytes for each eight rows.
+using Columns = uint2[kBlock][kBlock / kRows];
 static_assert(sizeof(Columns) <= sizeof(Shared::rows[kDGate]));
 
 // Zeros for the rows of no group among 128.
@@ -71,15 +71,12 @@ struct Tile {
   Shared& shared;
   int batch, m0, rows, k0;  // of dy
   int t;                    // the tile's number along the transposed
+  int row, column;          // the thread's first, in the tile
   Row result[kRows];
-
-  // The thread's first, in the tile.
-  __forceinline__ int row() const { return threadIdx.x / 16 * kRows; }
-  __forceinline__ int column() const { return threadIdx.x % 16 * kVector; }
 
   // Where the thread's first row is in a matrix that is so wide.
   __forceinline__ long long at(int width) const {
-    return ((long long)batch * p.m + m0 + row()) * width + k0 + column();
+    return ((long long)batch * p.m + m0 + row) * width + k0 + column;
   }
 
   // Where the scales of the tile's rows are, for a block of gate and up.
@@ -93,7 +90,7 @@ struct Tile {
     const unsigned char* h = p.h + at(2 * p.k);
 #pragma unroll
     for (int i = 0; i < kRows; ++i, dy += p.k, h += 2 * p.k) {
-      const bool valid = row() + i < rows;
+      const bool valid = row + i < rows;
       uint4* slot = &shared.rows[kDy][i][threadIdx.x];
       copy_async_or_clear<16>(slot, dy, valid);
       slot = &shared.rows[kH][i][threadIdx.x];
@@ -103,8 +100,8 @@ struct Tile {
   }
 
   __forceinline__ void compute() {
-    // Lane l of 16 has what row l % 4 is multiplied by.
-    const int own = row() + threadIdx.x % kRows;
+    // Lane l of 16 has what row l % 8 is multiplied by.
+    const int own = row + threadIdx.x % kRows;
     float scales[2] = {}, weight = own < rows ? 1 : 0;
     if (own < rows) {
       scales[0] = p.h_scale[scale_at(0) + own];
@@ -168,7 +165,7 @@ struct Tile {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) amax[i] = result[i].amax();
     const float scale = quantize::scale_of<false>(reduce_over_16_lanes(amax, larger), 0);
-    const int own = row() + threadIdx.x % kRows;
+    const int own = row + threadIdx.x % kRows;
     if (threadIdx.x % 16 < kRows && own < rows) p.dh_scale[scale_at(half) + own] = scale;
     const float reciprocal = __frcp_rn(scale);
     unsigned char* address = p.dh + at(2 * p.k) + half * p.k;
@@ -176,7 +173,7 @@ struct Tile {
     for (int i = 0; i < kRows; ++i, address += 2 * p.k) {
       const float same = __shfl_sync(0xffffffff, reciprocal, i, 16);
       const uint2 bytes = quantize::quantised<false>(result[i], [&](int) { return same; });
-      if (row() + i < rows) *reinterpret_cast<uint2*>(address) = bytes;
+      if (row + i < rows) *reinterpret_cast<uint2*>(address) = bytes;
     }
   }
 
@@ -191,7 +188,7 @@ struct Tile {
       amax[j] = larger(largest[j], __shfl_xor_sync(0xffffffff, largest[j], 16));
     }
     if (threadIdx.x % 32 < 16) {
-      float4* out = reinterpret_cast<float4*>(&shared.amax[threadIdx.x / 32][column()]);
+      float4* out = reinterpret_cast<float4*>(&shared.amax[threadIdx.x / 32][column]);
       out[0] = {amax[0], amax[1], amax[2], amax[3]};
       out[1] = {amax[4], amax[5], amax[6], amax[7]};
     }
@@ -208,17 +205,17 @@ struct Tile {
 
     Columns& columns = *reinterpret_cast<Columns*>(shared.rows[kDGate]);
     // Where they are depends on the column, so that threads of a row do not meet in a bank.
-    const int unit = row() / kRows ^ 2 * (column() / kVector);
+    const int unit = row / kRows ^ column / kVector;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      const float of_column = shared.reciprocal[column() + j];
+      const float of_column = shared.reciprocal[column + j];
       unsigned short pairs[kRows / 2];
 #pragma unroll
       for (int i = 0; i < kRows; i += 2) {
         pairs[i / 2] = to_fp8<false>(multiply_flushed(result[i][j], of_column),
                                      multiply_flushed(result[i + 1][j], of_column));
       }
-      columns[column() + j][unit] = join(pairs[0], pairs[1]);
+      columns[column + j][unit] = {join(pairs[0], pairs[1]), join(pairs[2], pairs[3])};
     }
     __syncthreads();
     const int t_unit = threadIdx.x % 8;  // of 16 bytes
@@ -227,7 +224,7 @@ struct Tile {
       const int of_tile = j * (config.threads() / 8) + threadIdx.x / 8;
       const int place = of_tile / kVector;
       const uint4 both =
-          *reinterpret_cast<const uint4*>(&columns[of_tile][4 * (t_unit ^ place / 2)]);
+          *reinterpret_cast<const uint4*>(&columns[of_tile][2 * (t_unit ^ place / 2)]);
       const uint4 bytes = place % 2 ? uint4{both.z, both.w, both.x, both.y} : both;
       const long long at = (long long)(first + of_tile) * p.t_rows + t * kBlock + t_unit * 16;
       *reinterpret_cast<uint4*>(data + at) = bytes;
@@ -238,7 +235,7 @@ struct Tile {
     load();
     compute();
     const long long t_tile = (long long)batch * p.tiles_m() + t;
-#pragma unroll 1
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
       take(half ? kDUp : kDGate);
       quantise_rows(half);
@@ -269,5 +266,7 @@ extern "C" __global__ void __launch_bounds__(deepgemm::training::config.threads(
                                           tile.t * kBlock);
   tile.m0 = groups.m0;
   tile.rows = groups.rows;
+  tile.row = threadIdx.x / 16 * kRows;
+  tile.column = threadIdx.x % 16 * kVector;
   tile.run();
 }
