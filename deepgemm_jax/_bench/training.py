@@ -218,6 +218,6 @@ def report(row: Row) -> None:
     for name, what in (("bf16", "ragged_dot in BF16"), ("xla", "jax.lax.ragged_dot")):
         print(
             f"  {row[f'{name}_us'] / row['us']:.2f} × the speed of {what}, "
-            f"{row['peak_mb'] / row[f'{name}_peak_mb']:.2f} × its memory ({row['peak_mb']:.0f} MB), "
-            f"{row['loss_peak_mb'] / row[f'{name}_loss_peak_mb']:.2f} × with a loss"
+            f"{row['peak_mb'] / row[f'{name}_peak_mb']:.2f} × its memory ({row['peak_mb']:.0f} MB),"
+            f" {row['loss_peak_mb'] / row[f'{name}_loss_peak_mb']:.2f} × with a loss"
         )
