@@ -21,10 +21,10 @@ template <class Config>
 void launch(const State<Config>& state, jit::CUstream stream, typename Config::Params& params) {
   constexpr Config config;
   void* args[] = {&params};
-  state.kernel.launch({stream, static_cast<unsigned>(config.ctas(params)),
-                       static_cast<unsigned>(config.threads()), /*cluster=*/1,
-                       static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
-                      args);
+  state.kernel.launch(
+      {stream, static_cast<unsigned>(config.ctas(params)), static_cast<unsigned>(config.threads()),
+       /*cluster=*/1, static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
+      args);
 }
 
 template <class T>

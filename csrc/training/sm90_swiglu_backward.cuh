@@ -8,9 +8,9 @@
 //
 //                8 columns
 //   8 rows    thread 0  | 1 | ... | 15      A thread computes 8 rows of 8 columns of each result.
-//             thread 16 | ...               Results are rounded to bfloat16 and quantised one by one,
-//             ...                           while the others wait in shared memory. Eight rows of a
-//             thread 240 | ...              column are 8 bytes of the transposed.
+//             thread 16 | ...               Results are rounded to bfloat16 and quantised in turn,
+//             ...                           while the others wait in shared memory. Eight rows of
+//             thread 240 | ...              a column are 8 bytes of the transposed.
 //
 // Rows belong to groups, as quantize/sm90_tiles.cuh has them.
 #pragma once
@@ -32,7 +32,9 @@ constexpr int kWarps = config.threads() / 32;
 
 using Row = quantize::Vector<false>;
 
-__forceinline__ uint4 bits(const Row& x) { return {x.pairs[0], x.pairs[1], x.pairs[2], x.pairs[3]}; }
+__forceinline__ uint4 bits(const Row& x) {
+  return {x.pairs[0], x.pairs[1], x.pairs[2], x.pairs[3]};
+}
 
 // A thread's own rows of these wait here. They are computed in the place of what they are made of,
 // and d_gate, the first to be quantised, where afterwards columns are.
@@ -40,8 +42,8 @@ enum Place { kDGate, kDUp, kY, kPlaces, kDy = kDUp, kH = kY };
 
 struct Shared {
   uint4 rows[kPlaces][kRows][config.threads()];
-  float amax[kWarps][kBlock];             // of a warp's rows, each column's
-  float reciprocal[kBlock];               // of a column's scale
+  float amax[kWarps][kBlock];  // of a warp's rows, each column's
+  float reciprocal[kBlock];    // of a column's scale
 };
 static_assert(sizeof(Shared) == config.smem_bytes());
 
@@ -206,9 +208,12 @@ struct Tile {
     Columns& columns = *reinterpret_cast<Columns*>(shared.rows[kDGate]);
     // Where they are depends on the column, so that threads of a row do not meet in a bank.
     const int unit = row / kRows ^ column / kVector;
+    const auto* reciprocals = reinterpret_cast<const float4*>(&shared.reciprocal[column]);
+    const float4 low = reciprocals[0], high = reciprocals[1];
+    const float of_columns[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      const float of_column = shared.reciprocal[column + j];
+      const float of_column = of_columns[j];
       unsigned short pairs[kRows / 2];
 #pragma unroll
       for (int i = 0; i < kRows; i += 2) {

@@ -16,7 +16,7 @@ using quantize::kVector;
 constexpr SwigluForward config{CONFIG};
 
 constexpr int kRows = SwigluForward::kRowsPerWarp / 2;  // of each half
-constexpr int kCtas = 3;                                  // a multiprocessor
+constexpr int kCtas = 3;                                // a multiprocessor
 
 using Input = quantize::Vector<false>;
 
@@ -37,8 +37,7 @@ struct Rows {
   __forceinline__ void quantise(const Row (&x)[kRows], const float (&amax)[kRows],
                                 unsigned char* data, int width, float* scales) const {
     // Of row lane % kRows.
-    const float scale =
-        quantize::scale_of<false>(quantize::reduce_over_16_lanes(amax, larger), 0);
+    const float scale = quantize::scale_of<false>(quantize::reduce_over_16_lanes(amax, larger), 0);
     const float reciprocal = __frcp_rn(scale);
     if (lane() < kRows && valid(lane())) scales[row0 + lane()] = scale;
 #pragma unroll
