@@ -17,6 +17,7 @@
 #include "jit/sources.h"
 #include "layout/handler.h"
 #include "quantize/handler.h"
+#include "training/handler.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace nb = nanobind;
@@ -62,6 +63,10 @@ NB_MODULE(_C, m) {
         stages(QuantizeTilesInstantiate, QuantizeTilesInitialize, QuantizeTilesExecute);
     targets["deepgemm_jax_transpose"] =
         stages(TransposeInstantiate, TransposeInitialize, TransposeExecute);
+    targets["deepgemm_jax_swiglu_forward"] =
+        stages(SwigluForwardInstantiate, SwigluForwardInitialize, SwigluForwardExecute);
+    targets["deepgemm_jax_swiglu_backward"] =
+        stages(SwigluBackwardInstantiate, SwigluBackwardInitialize, SwigluBackwardExecute);
     return targets;
   });
   m.def("types", [] {
@@ -72,6 +77,8 @@ NB_MODULE(_C, m) {
     types["deepgemm_jax_quantize_rows_state"] = type<quantize::RowsState>();
     types["deepgemm_jax_quantize_tiles_state"] = type<quantize::TilesState>();
     types["deepgemm_jax_transpose_state"] = type<layout::State>();
+    types["deepgemm_jax_swiglu_forward_state"] = type<training::State<training::SwigluForward>>();
+    types["deepgemm_jax_swiglu_backward_state"] = type<training::State<training::SwigluBackward>>();
     return types;
   });
   m.def("gemm_smem_bytes", gemm_smem_bytes, nb::arg("source"), nb::arg("config"));

@@ -127,6 +127,7 @@ def warmup(*, jobs: int | None = None) -> int:
     from .gemm import config as gemm
     from .layout import config as layout
     from .quantize import config as quantize
+    from .training import op as training
 
     device = cuda_device()
     return _warmup(
@@ -136,6 +137,7 @@ def warmup(*, jobs: int | None = None) -> int:
             attention.TOPK_SOURCE: attention.TOPK_VARIANTS,
             layout.SOURCE: layout.variants(),
             **quantize.variants(),
+            **training.variants(),
         },
         jobs,
     )

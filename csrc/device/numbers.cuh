@@ -85,6 +85,23 @@ __forceinline__ unsigned short to_fp8(float x, float y) {
   return bytes;
 }
 
+// Of the two e4m3 in the low bytes. float16 has all numbers of e4m3.
+__forceinline__ float2 from_e4m3(uint32_t bytes) {
+  float2 x;
+  asm("{\n"
+      ".reg .b16 pair, low, high;\n"
+      ".reg .b32 halves;\n"
+      "cvt.u16.u32 pair, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 halves, pair;\n"
+      "mov.b32 {low, high}, halves;\n"
+      "cvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n"
+      "}"
+      : "=f"(x.x), "=f"(x.y)
+      : "r"(bytes));
+  return x;
+}
+
 __forceinline__ uint32_t join(unsigned short low, unsigned short high) {
   uint32_t both;
   asm("mov.b32 %0, {%1, %2};" : "=r"(both) : "h"(low), "h"(high));

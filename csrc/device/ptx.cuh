@@ -109,6 +109,17 @@ __forceinline__ void tma_load(uint32_t shared, const TensorMap* map, uint32_t ba
   }
 }
 
+// Copies 8 or 16 bytes in the background, or writes zeros if there is nothing to read.
+template <int bytes>
+__forceinline__ void copy_async_or_clear(void* to, const void* x, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(x),
+               "n"(bytes), "r"(valid ? bytes : 0)
+               : "memory");
+}
+
+// Until what this thread copies in the background has landed.
+__forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Copies one float in the background.
 __forceinline__ void copy_async(uint32_t shared, const float* x) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(x) : "memory");

@@ -68,9 +68,9 @@ struct RowsConfig {
   }
 };
 
-// What sm90_tiles.cuh quantises: with a scale for 128 rows of a column; for 128 x 128; or, x and
-// its transposed, for 128 columns of a row and for 128 rows of a column.
-enum Tiling : int { kPerChannel, kPerBlock, kBothWays };
+// What sm90_tiles.cuh quantises: with a scale for 128 rows of a column; for 128 x 128; x and its
+// transposed, for 128 columns of a row and for 128 rows of a column; or both for 128 x 128.
+enum Tiling : int { kPerChannel, kPerBlock, kBothWays, kPerBlockBothWays };
 
 struct TilesParams {
   const void* x;           // [batch, m, k]
@@ -78,7 +78,7 @@ struct TilesParams {
   unsigned char* data;     // [batch, m, k]
   float* scale;            // row-major, but for kBothWays [batch, blocks of k, m]
   unsigned char* t_data;   // [batch, k, t_rows], the transposed
-  float* t_scale;          // [batch, t_rows / 128, k]
+  float* t_scale;          // [batch, t_rows / 128, k], for kBothWays
   int batch, m, k, groups;
   int t_rows;  // rows of x as the transposed has them, with what fills up groups
   int round_up;
@@ -94,7 +94,7 @@ struct TilesConfig {
   int e5m2;
 
   constexpr long long bytes(const TilesParams& p) const {  // read and written, but for scales
-    const int of_element = (float32 ? 4 : 2) + (tiling == kBothWays ? 2 : 1);
+    const int of_element = (float32 ? 4 : 2) + (tiling >= kBothWays ? 2 : 1);
     return (long long)p.batch * p.m * p.k * of_element;
   }
 

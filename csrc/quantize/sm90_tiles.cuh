@@ -1,7 +1,7 @@
 // data[m, k] = FP8(x[m, k] / scale), and the same for the transposed, by tiles of 128 x 128:
 //
 //   per channel   scale[m / 128, k] = max over the tile's rows |x| / largest
-//   per block     scale[m / 128, k / 128] = max over the tile |x| / largest
+//   per block     scale[m / 128, k / 128] = max over the tile |x| / largest, and t_data[k, m]
 //   both ways     scale[m, k / 128] and data, and t_scale[k, t / 128] and t_data[k, t], t being m
 //
 //                 8 columns
@@ -14,6 +14,7 @@
 // fill up its last one, and t runs over these; rows of no group are zero.
 #pragma once
 
+#include "quantize/groups.cuh"
 #include "quantize/vector.cuh"
 
 namespace deepgemm::quantize {
@@ -22,40 +23,8 @@ constexpr TilesConfig config{CONFIG};
 
 constexpr int kRows = 8;  // of a thread
 constexpr int kWarps = config.threads() / 32;
-constexpr int kCtas = config.float32 ? 2 : 4;  // a multiprocessor, with 32 KB of x in flight
-
-__forceinline__ int inclusive_sum(int x) {  // over a warp
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int before = __shfl_up_sync(0xffffffff, x, step);
-    if (threadIdx.x % 32 >= step) x += before;
-  }
-  return x;
-}
-
-// Where the groups are, and which rows of x the tile has that begins at column t0 of the
-// transposed. Each warp finds out for itself.
-struct Groups {
-  int end = 0, t_end = 0;  // of the groups looked at, in x and in the transposed
-  int m0 = 0, rows = 0;
-
-  __forceinline__ Groups(const int* sizes, int groups, int m, int t0) {
-    const int lane = threadIdx.x % 32;
-    for (int first = 0; first < groups; first += 32) {
-      const int size = first + lane < groups ? min(max(sizes[first + lane], 0), m) : 0;
-      const int t_size = ceil_div(size, kBlock) * kBlock;
-      const int size_sum = inclusive_sum(size), t_sum = inclusive_sum(t_size);
-      const int start = min(end + size_sum - size, m), length = min(size, m - start);
-      // Right for the first group that m cuts off, too; those after it have no length.
-      const int offset = t0 - (t_end + t_sum - t_size);
-      const bool here = 0 <= offset && offset < length;
-      m0 += __reduce_add_sync(0xffffffff, here ? start + offset : 0);
-      rows += __reduce_add_sync(0xffffffff, here ? min(length - offset, kBlock) : 0);
-      end = min(end + __shfl_sync(0xffffffff, size_sum, 31), m);
-      t_end += __shfl_sync(0xffffffff, t_sum, 31);
-    }
-  }
-};
+// A multiprocessor's, with 32 KB of x in flight each.
+constexpr int kCtas = config.float32 ? 2 : config.tiling == kPerBlockBothWays ? 3 : 4;
 
 // Zeros for the rows of no group among 128.
 __forceinline__ void clear(const TilesParams& p, int tile) {
@@ -105,10 +74,10 @@ struct Tile {
     });
   }
 
-  // `reciprocal[j]` is that of the scale of the thread's column j.
-  __forceinline__ void store(const float (&reciprocal)[kVector]) {
+  // `of_column[j]` is the reciprocal of the scale of the thread's column j.
+  __forceinline__ void store(const float (&of_column)[kVector]) {
     for_rows(p.data, [&](int i, unsigned char* address, bool valid) {
-      const uint2 bytes = quantised<config.e5m2>(x[i], [&](int j) { return reciprocal[j]; });
+      const uint2 bytes = quantised<config.e5m2>(x[i], [&](int j) { return of_column[j]; });
       if (valid) store_result(address, bytes);
     });
   }
@@ -169,7 +138,9 @@ struct Tile {
       p.scale[((long long)batch * p.tiles_m() + t) * p.tiles_k() + k0 / kBlock] = scale;
     }
     const float same = __frcp_rn(scale);
-    store({same, same, same, same, same, same, same, same});
+    const float of_column[] = {same, same, same, same, same, same, same, same};
+    store(of_column);
+    if constexpr (config.tiling == kPerBlockBothWays) store_transposed(of_column);
   }
 
   // Writes the scales of the thread's rows; lane i of 8 gets the reciprocal of row i's.
@@ -193,7 +164,10 @@ struct Tile {
     });
     float of_column[kVector];
     scale_columns(p.t_scale + ((long long)batch * p.tiles_m() + t) * p.k + k0, of_column);
+    store_transposed(of_column);
+  }
 
+  __forceinline__ void store_transposed(const float (&of_column)[kVector]) {
     // Where they are in shared memory depends on the column, so that neither the threads of a row
     // here nor those of a column below, of which each takes two units, meet in a bank.
     const int unit = row / kRows ^ column / kVector;
@@ -249,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(deepgemm::quantize::config.threads(
   tile.load();
   if constexpr (config.tiling == kPerChannel) {
     tile.quantise_columns();
-  } else if constexpr (config.tiling == kPerBlock) {
+  } else if constexpr (config.tiling == kPerBlock || config.tiling == kPerBlockBothWays) {
     tile.quantise_block();
   } else {
     tile.quantise_both_ways();

@@ -14,6 +14,7 @@ What all of these do alike:
 - Dims need not be multiples of 128: the last block is partial.
 """
 
+import functools
 from typing import Any, Literal, overload
 
 import jax
@@ -532,15 +533,17 @@ ScaledArray(float8_e4m3fn[8,256,384], scale=float32[8,2,3])
         raise ValueError(f"{name}: w has shape {w.shape}, wanted 2 or 3 dimensions")
     params = op.CastParams(implementation, *_formats(name, dtype, scale_format))
 
-    def cast(w):
-        return op.per_block_cast_to_fp8(w, params=params)
-
-    w = jnp.swapaxes(w, -1, -2) if layout == "kn" else w
-    results = cast(w) if w.ndim == 2 else jax.vmap(cast)(w)
-    weight = _scaled(results, scale_format)
+    cast = functools.partial(
+        op.per_block_cast_both_ways if transposed else op.per_block_cast_to_fp8, params=params
+    )
+    if layout == "kn" and not transposed:
+        w = jnp.swapaxes(w, -1, -2)
+    data, scale, *swapped = cast(w) if w.ndim == 2 else jax.vmap(cast)(w)
+    weight = _scaled((data, scale), scale_format)
     if not transposed:
         return weight
-    return weight, _scaled([jnp.swapaxes(x, -1, -2) for x in results], scale_format)
+    other = _scaled((*swapped, jnp.swapaxes(scale, -1, -2)), scale_format)
+    return (weight, other) if layout == "nk" else (other, weight)
 
 
 def _cast(op_: Op, x: Any, dtype: Any, scale_format: str, implementation: str | None):

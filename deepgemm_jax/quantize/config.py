@@ -21,7 +21,7 @@ FUNCTIONS = (
 WHOLE_ROW = 8 * 256 * 8  # elements of the longest row that a CTA holds in registers
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-TILINGS = ("per_channel", "per_block", "both_ways")
+TILINGS = ("per_channel", "per_block", "both_ways", "per_block_both_ways")
 
 
 @dataclasses.dataclass(frozen=True)

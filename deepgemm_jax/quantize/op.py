@@ -188,6 +188,25 @@ quantize_transpose = Op(
     batched=True,
 )
 
+per_block_cast_both_ways = Op(
+    "per_block_cast_both_ways",
+    operands={"x": f"{FLOAT}[m k]"},
+    results={
+        "data": "dtype[m k]",
+        "scale": "float32[m/128 k/128]",
+        "transposed": "dtype[k m]",
+    },
+    limits={"k": (1, 1)},
+    reference=reference.per_block_cast_both_ways,
+    kernel=_kernel(
+        "tiles",
+        lambda params, dtype: config.tiles("per_block_both_ways", dtype, params.dtype),
+        refuses=_refuses_transposed,
+    ),
+    derivative=DERIVATIVE,
+    batched=True,
+)
+
 quantize_transpose_grouped = Op(
     "quantize_transpose",
     operands={"x": f"{FLOAT}[m k]", "group_sizes": "int32[g]"},

@@ -88,6 +88,11 @@ def quantize_transpose(params, x):
     return [*cast(params, x), *cast(params, jnp.swapaxes(x, -1, -2))]
 
 
+def per_block_cast_both_ways(params, x):
+    data, scale = cast(params, x, block=(BLOCK, BLOCK))
+    return [data, scale, jnp.swapaxes(data, -1, -2)]
+
+
 def rows_of_groups(sizes: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
     """The first row of each group, and its number of rows: no group reaches past the last of M."""
     # Sums that pass 2³¹ would come round; each size alone is cut to M first, and sums with it.

@@ -204,6 +204,7 @@ def grouped_mlp(
     weights = w_gate_up, w_down
     if router_weights is not None:
         router_weights = _array(name, "router_weights", router_weights, x.shape[:1])
+        router_weights = router_weights.astype(jnp.float32)
     main_grads = (None, None) if main_grads is None else tuple(main_grads)
     main_grads = tuple(map(functools.partial(_main_grad, name), main_grads, weights))
     of = _groups(name, x.shape[0], group_sizes, group_offset, count)

@@ -9,7 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 from .._core import compat
 from ..quantize import per_token_cast_to_fp8, swiglu_quantize
 from ..scaled import ScaledArray
-from .products import KEPT, Groups, Operand, Products
+from . import reference
+from .op import swiglu_backward, swiglu_forward
+from .products import KEPT, Groups, Operand, Products, Summed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -21,35 +23,64 @@ def mlp(
     router_weights: jax.Array | None,
     main_grads: tuple[jax.Array | None, jax.Array | None],
 ) -> jax.Array:
-    rows, _ = products.operands(x, of, products.recipe.forward, "bf16")
-    return _up_and_down(products, rows, weights, of, router_weights)[1]
-
-
-def _up_and_down(products, rows, weights, of, router_weights):
-    """What is between the products, gate and up, and the result."""
+    recipe = products.recipe
+    rows, _ = products.operands(x, of, recipe.forward, "bf16")
     h = products.times(rows, weights[0], of)
+    y, _ = _activate(products, h, router_weights, recipe.forward, "bf16")
+    return products.times(y, weights[1], of)
+
+
+def _activate(
+    products: Products, h: jax.Array, router_weights: jax.Array | None, times: str, kept: str
+) -> tuple[Operand, Operand]:
+    """The activation's result as an operand, and what is kept of h, in these precisions."""
+    implementation = products.implementation
+    if times == kept == "fp8":
+        return swiglu_forward(h, router_weights, implementation)
     y: Operand
-    if products.recipe.forward == "fp8":
-        y = swiglu_quantize(h, router_weights, implementation=products.implementation)
+    if times == "fp8":
+        y = swiglu_quantize(h, router_weights, implementation=implementation)
     else:
-        y = swiglu(h, router_weights).astype(jnp.bfloat16)
-    return h, products.times(y, weights[1], of)
-
-
-def swiglu(h: jax.Array, router_weights: jax.Array | None) -> jax.Array:
-    gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
-    y = jax.nn.silu(gate) * up
-    return y if router_weights is None else y * router_weights.astype(jnp.float32)[:, None]
+        y = reference.swiglu(h, router_weights).astype(jnp.bfloat16)
+    return y, per_token_cast_to_fp8(h, implementation=implementation) if kept == "fp8" else h
 
 
 def _forward(products, x, weights, of, router_weights, main_grads):
     recipe = products.recipe
     rows, summed = products.operands(x, of, recipe.forward, recipe.wgrad)
-    h, out = _up_and_down(products, rows, weights, of, router_weights)
-    if recipe.wgrad == "fp8":
-        h = per_token_cast_to_fp8(h, implementation=products.implementation)
+    h = products.times(rows, weights[0], of)
+    y, h = _activate(products, h, router_weights, recipe.forward, recipe.wgrad)
+    out = products.times(y, weights[1], of)
     summed, h = checkpoint_name((summed, h), KEPT)
     return out, (summed, h, weights, of, router_weights, main_grads)
+
+
+def _gradients(
+    products: Products,
+    h: Operand,
+    dy: jax.Array,
+    of: Groups,
+    router_weights: jax.Array | None,
+    sizes: jax.Array,
+) -> tuple[Operand, Summed, Summed, jax.Array | None]:
+    """dh as both operands, y as the operand of a sum, whose groups have these sizes in FP8; and
+    the gradient of the router's weights."""
+    recipe = products.recipe
+    if recipe.dgrad == recipe.wgrad == "fp8":
+        rows, dh, y, d_weights = swiglu_backward(
+            h, dy, of.sizes, router_weights, products.implementation
+        )
+        operands = rows, Summed(dh, sizes), Summed(y, sizes)
+    else:
+        h = h.dequantize(products.dtype) if isinstance(h, ScaledArray) else h
+        dy = compat.of_type(dy, jax.typeof(h).sharding)
+        d_h, again, terms = reference.swiglu_gradients(h, dy, router_weights)
+        _, of_y = products.operands(again.astype(products.dtype), of, "bf16", recipe.wgrad)
+        operands = *products.operands(d_h.astype(h.dtype), of, recipe.dgrad, recipe.wgrad), of_y
+        d_weights = terms.sum(-1)
+    if router_weights is None:
+        return *operands, None
+    return *operands, compat.of_type(d_weights, jax.typeof(router_weights).sharding)
 
 
 def _backward(products, residuals, d_out):
@@ -57,13 +88,7 @@ def _backward(products, residuals, d_out):
     x, h, (gate_up, down), of, router_weights, main_grads = residuals
     rows, d_out = products.operands(d_out, of, recipe.dgrad, recipe.wgrad)
     dy = products.times(rows, down, of, transposed=True)
-    if isinstance(h, ScaledArray):
-        h = h.dequantize(products.dtype)
-    y, pullback = jax.vjp(swiglu, h, router_weights)
-    dy = compat.of_type(dy.astype(y.dtype), jax.typeof(y).sharding)
-    dh, d_router_weights = pullback(dy)
-    _, y = products.operands(y.astype(products.dtype), of, "bf16", recipe.wgrad)
-    rows, dh = products.operands(dh, of, recipe.dgrad, recipe.wgrad)
+    rows, dh, y, d_router_weights = _gradients(products, h, dy, of, router_weights, d_out.sizes)
     dx = products.times(rows, gate_up, of, transposed=True)
     d_weights, d_main_grads = zip(
         products.sum(x, dh, of, gate_up, main_grads[0]),

@@ -92,10 +92,8 @@ class Products:
         if of is not None:
             options["group_offsets"] = of.offsets(of.sizes, x.shape[0])
         if isinstance(x, ScaledArray):
-            layout = "nk" if transposed else "kn"
-            weight: Operand = prepare_weight(w, layout=layout, implementation=self.implementation)
             product = fp8_gemm_1d2d if of is None else m_grouped_fp8_gemm_nt_contiguous
-            return product(x, weight, **options)
+            return product(x, self.narrow_weight(w, transposed), **options)
         if of is None:
             product = bf16_gemm_nt if transposed else bf16_gemm_nn
         elif transposed:
@@ -103,6 +101,16 @@ class Products:
         else:
             product = m_grouped_bf16_gemm_nn_contiguous
         return product(x, w.astype(jnp.bfloat16), **options)
+
+    def narrow_weight(self, w: jax.Array, transposed: bool) -> ScaledArray:
+        """w in FP8 for x w or for x wᵀ.
+
+        Both come of one call, which XLA makes once where the other is in the same program.
+        """
+        forward, backward = prepare_weight(
+            w, layout="kn", transposed=True, implementation=self.implementation
+        )
+        return backward if transposed else forward
 
     def sum(
         self,

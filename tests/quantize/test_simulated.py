@@ -194,6 +194,24 @@ def test_tiles(tiles, tiling, x_dtype, dtype, scale_format):
 
 
 @pytest.mark.parametrize(("x_dtype", "dtype", "scale_format"), FORMS)
+def test_blocks_both_ways(tiles, x_dtype, dtype, scale_format):
+    kernel = tiles("per_block_both_ways", x_dtype, dtype)
+    for m, k in ((272, 136), (16, 8)):
+        x = aligned(np.stack([spoilt((m, k), x_dtype)] * 2))
+        x[0, 0, 0] = 999
+        data, t_data = unwritten(x.shape, dtype), unwritten((2, k, m), dtype)
+        scale = unwritten((2, blocks(m), blocks(k)), np.float32)
+        kernel(
+            x=x, data=data, scale=scale, t_data=t_data, batch=2, m=m, k=k, t_rows=m,
+            round_up=scale_format != "float32",
+        )  # fmt: skip
+        for i in range(2):
+            wanted = per_block_cast_to_fp8(x[i], dtype=dtype, scale_format=scale_format)
+            assert_same(ScaledArray(data[i], scale[i]), wanted.data, wanted.scale)
+            assert_same(ScaledArray(t_data[i].T, scale[i]), wanted.data, wanted.scale)
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype", "scale_format"), FORMS)
 def test_both_ways(tiles, x_dtype, dtype, scale_format):
     kernel = tiles("both_ways", x_dtype, dtype)
     for m, k in ((272, 136), (16, 8)):

@@ -56,6 +56,17 @@ unsigned short to_fp8(float x, float y) {
   return fp8<e5m2>(x) | fp8<e5m2>(y) << 8;
 }
 
+inline float2 from_e4m3(uint32_t bytes) {
+  const auto of = [](uint32_t byte) {
+    const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+    const float magnitude = (byte & 0x7f) == 0x7f ? NAN
+                            : exponent            ? std::ldexp(8 + mantissa, exponent - 10)
+                                                  : std::ldexp(mantissa, -9);
+    return byte & 0x80 ? -magnitude : magnitude;
+  };
+  return {of(bytes & 0xff), of(bytes >> 8 & 0xff)};
+}
+
 inline uint32_t join(unsigned short low, unsigned short high) { return high << 16 | low; }
 
 }  // namespace deepgemm

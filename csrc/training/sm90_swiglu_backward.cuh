@@ -1,0 +1,277 @@
+// Of a gated activation y = w f(gate) up, f being silu, all that its backward pass is quantised to:
+//
+//   d_gate = w dy up f'(gate),  d_up = w dy f(gate)       both along rows and along columns
+//   y                                                     along columns
+//   d_w = sum of dy f(gate) up
+//
+// by tiles of 128 x 128, of which gate and up are given in FP8:
+//
+//                8 columns
+//   8 rows    thread 0  | 1 | ... | 15      A thread computes 8 rows of 8 columns of each result.
+//             thread 16 | ...               Results are rounded to bfloat16 and quantised in turn,
+//             ...                           while the others wait in shared memory. Eight rows of
+//             thread 240 | ...              a column are 8 bytes of the transposed.
+//
+// Rows belong to groups, as quantize/sm90_tiles.cuh has them.
+#pragma once
+
+#include "quantize/activation.cuh"
+#include "quantize/groups.cuh"
+#include "quantize/vector.cuh"
+#include "training/config.h"
+
+namespace deepgemm::training {
+
+using quantize::kVector;
+using quantize::reduce_over_16_lanes;
+
+constexpr SwigluBackward config{CONFIG};
+
+constexpr int kRows = 8;  // of a thread
+constexpr int kWarps = config.threads() / 32;
+
+using Row = quantize::Vector<false>;
+
+__forceinline__ uint4 bits(const Row& x) {
+  return {x.pairs[0], x.pairs[1], x.pairs[2], x.pairs[3]};
+}
+
+// A thread's own rows of these wait here. They are computed in the place of what they are made of,
+// and d_gate, the first to be quantised, where afterwards columns are.
+enum Place { kDGate, kDUp, kY, kPlaces, kDy = kDUp, kH = kY };
+
+struct Shared {
+  uint4 rows[kPlaces][kRows][config.threads()];
+  float amax[kWarps][kBlock];  // of a warp's rows, each column's
+  float reciprocal[kBlock];    // of a column's scale
+};
+static_assert(sizeof(Shared) == config.smem_bytes());
+
+// Of the transposed, eight bytes for each eight rows.
+using Columns = uint2[kBlock][kBlock / kRows];
+static_assert(sizeof(Columns) <= sizeof(Shared::rows[kDGate]));
+
+// Zeros for the rows of no group among 128.
+__forceinline__ void clear(const SwigluBackwardParams& p, int tile) {
+  const int tiles = ceil_div(p.m, kBlock);
+  const int batch = tile / tiles, m0 = tile % tiles * kBlock;
+  const quantize::Groups groups(p.group_sizes + batch * p.groups, p.groups, p.m, 0);
+  const int first = max(m0, groups.end), rows = min(m0 + kBlock, p.m) - first;
+  const long long row = (long long)batch * p.m + first;
+  uint2* dh = reinterpret_cast<uint2*>(p.dh + row * 2 * p.k);
+  for (int i = threadIdx.x; i < rows * (2 * p.k / kVector); i += config.threads()) dh[i] = {};
+  for (int i = threadIdx.x; i < rows * 2 * p.tiles_k(); i += config.threads()) {
+    const long long block = (long long)batch * 2 * p.tiles_k() + i / rows;
+    p.dh_scale[block * p.m + first + i % rows] = quantize::scale_of<false>(0, 0);
+  }
+  float* d_weights = p.d_weights + row * p.tiles_k();
+  for (int i = threadIdx.x; i < rows * p.tiles_k(); i += config.threads()) d_weights[i] = 0;
+}
+
+struct Tile {
+  const SwigluBackwardParams& p;
+  Shared& shared;
+  int batch, m0, rows, k0;  // of dy
+  int t;                    // the tile's number along the transposed
+  int row, column;          // the thread's first, in the tile
+  Row result[kRows];
+
+  // Where the thread's first row is in a matrix that is so wide.
+  __forceinline__ long long at(int width) const {
+    return ((long long)batch * p.m + m0 + row) * width + k0 + column;
+  }
+
+  // Where the scales of the tile's rows are, for a block of gate and up.
+  __forceinline__ long long scale_at(int half) const {
+    return ((long long)(batch * 2 + half) * p.tiles_k() + k0 / kBlock) * p.m + m0;
+  }
+
+  // All loads at once, each to where the thread alone will look for it.
+  __forceinline__ void load() {
+    const auto* dy = static_cast<const unsigned short*>(p.dy) + at(p.k);
+    const unsigned char* h = p.h + at(2 * p.k);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i, dy += p.k, h += 2 * p.k) {
+      const bool valid = row + i < rows;
+      uint4* slot = &shared.rows[kDy][i][threadIdx.x];
+      copy_async_or_clear<16>(slot, dy, valid);
+      slot = &shared.rows[kH][i][threadIdx.x];
+      copy_async_or_clear<8>(slot, h, valid);
+      copy_async_or_clear<8>(reinterpret_cast<uint2*>(slot) + 1, h + p.k, valid);
+    }
+  }
+
+  __forceinline__ void compute() {
+    // Lane l of 16 has what row l % 8 is multiplied by.
+    const int own = row + threadIdx.x % kRows;
+    float scales[2] = {}, weight = own < rows ? 1 : 0;
+    if (own < rows) {
+      scales[0] = p.h_scale[scale_at(0) + own];
+      scales[1] = p.h_scale[scale_at(1) + own];
+      if (p.weights) weight = p.weights[(long long)batch * p.m + m0 + own];
+    }
+    wait_for_copies();
+    float sums[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const Row dy = waiting(kDy, i);
+      const uint4 h = shared.rows[kH][i][threadIdx.x];
+      const float of_gate = __shfl_sync(0xffffffff, scales[0], i, 16);
+      const float of_up = __shfl_sync(0xffffffff, scales[1], i, 16);
+      const float of_row = __shfl_sync(0xffffffff, weight, i, 16);
+      const uint32_t gates[] = {h.x, h.y}, ups[] = {h.z, h.w};
+      Row d_gate, d_up, y;
+      sums[i] = 0;
+#pragma unroll
+      for (int j = 0; j < kVector; j += 2) {
+        const float2 gate = from_e4m3(gates[j / 4] >> j % 4 * 8);
+        const float2 up = from_e4m3(ups[j / 4] >> j % 4 * 8);
+        float d_gates[2], d_ups[2], ys[2];
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const quantize::Activated f =
+              quantize::activate<quantize::kSilu>((odd ? gate.y : gate.x) * of_gate);
+          const float x = (odd ? up.y : up.x) * of_up, d = dy[j + odd] * of_row;
+          ys[odd] = f.value * x;
+          sums[i] += dy[j + odd] * ys[odd];
+          ys[odd] *= of_row;
+          d_gates[odd] = d * x * f.slope;
+          d_ups[odd] = d * f.value;
+        }
+        d_gate.pairs[j / 2] = pack_bfloat16(d_gates[0], d_gates[1]);
+        d_up.pairs[j / 2] = pack_bfloat16(d_ups[0], d_ups[1]);
+        y.pairs[j / 2] = pack_bfloat16(ys[0], ys[1]);
+      }
+      shared.rows[kDGate][i][threadIdx.x] = bits(d_gate);
+      shared.rows[kDUp][i][threadIdx.x] = bits(d_up);
+      shared.rows[kY][i][threadIdx.x] = bits(y);
+    }
+    const float sum = reduce_over_16_lanes(sums, [](float x, float y) { return x + y; });
+    if (threadIdx.x % 16 < kRows && own < rows) {
+      p.d_weights[((long long)batch * p.m + m0 + own) * p.tiles_k() + k0 / kBlock] = sum;
+    }
+  }
+
+  __forceinline__ Row waiting(Place place, int i) const {
+    const uint4 x = shared.rows[place][i][threadIdx.x];
+    return {{x.x, x.y, x.z, x.w}};
+  }
+
+  __forceinline__ void take(Place place) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) result[i] = waiting(place, i);
+  }
+
+  __forceinline__ void quantise_rows(int half) {
+    float amax[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) amax[i] = result[i].amax();
+    const float scale = quantize::scale_of<false>(reduce_over_16_lanes(amax, larger), 0);
+    const int own = row + threadIdx.x % kRows;
+    if (threadIdx.x % 16 < kRows && own < rows) p.dh_scale[scale_at(half) + own] = scale;
+    const float reciprocal = __frcp_rn(scale);
+    unsigned char* address = p.dh + at(2 * p.k) + half * p.k;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i, address += 2 * p.k) {
+      const float same = __shfl_sync(0xffffffff, reciprocal, i, 16);
+      const uint2 bytes = quantize::quantised<false>(result[i], [&](int) { return same; });
+      if (row + i < rows) *reinterpret_cast<uint2*>(address) = bytes;
+    }
+  }
+
+  // To `data` [columns, t_rows] and `scale`, of which the tile begins at column `first`.
+  __forceinline__ void quantise_columns(unsigned char* data, float* scale, int first) {
+    Row largest = result[0];
+#pragma unroll
+    for (int i = 1; i < kRows; ++i) largest.take_larger(result[i]);
+    float amax[kVector];
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      amax[j] = larger(largest[j], __shfl_xor_sync(0xffffffff, largest[j], 16));
+    }
+    if (threadIdx.x % 32 < 16) {
+      float4* out = reinterpret_cast<float4*>(&shared.amax[threadIdx.x / 32][column]);
+      out[0] = {amax[0], amax[1], amax[2], amax[3]};
+      out[1] = {amax[4], amax[5], amax[6], amax[7]};
+    }
+    __syncthreads();
+    if (const int own = threadIdx.x; own < kBlock) {
+      float of_all = shared.amax[0][own];
+#pragma unroll
+      for (int i = 1; i < kWarps; ++i) of_all = larger(of_all, shared.amax[i][own]);
+      const float of_column = quantize::scale_of<false>(of_all, 0);
+      scale[first + own] = of_column;
+      shared.reciprocal[own] = __frcp_rn(of_column);
+    }
+    __syncthreads();
+
+    Columns& columns = *reinterpret_cast<Columns*>(shared.rows[kDGate]);
+    // Where they are depends on the column, so that threads of a row do not meet in a bank.
+    const int unit = row / kRows ^ column / kVector;
+    const auto* reciprocals = reinterpret_cast<const float4*>(&shared.reciprocal[column]);
+    const float4 low = reciprocals[0], high = reciprocals[1];
+    const float of_columns[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      const float of_column = of_columns[j];
+      unsigned short pairs[kRows / 2];
+#pragma unroll
+      for (int i = 0; i < kRows; i += 2) {
+        pairs[i / 2] = to_fp8<false>(multiply_flushed(result[i][j], of_column),
+                                     multiply_flushed(result[i + 1][j], of_column));
+      }
+      columns[column + j][unit] = {join(pairs[0], pairs[1]), join(pairs[2], pairs[3])};
+    }
+    __syncthreads();
+    const int t_unit = threadIdx.x % 8;  // of 16 bytes
+#pragma unroll
+    for (int j = 0; j < kBlock * 8 / config.threads(); ++j) {
+      const int of_tile = j * (config.threads() / 8) + threadIdx.x / 8;
+      const int place = of_tile / kVector;
+      const uint4 both =
+          *reinterpret_cast<const uint4*>(&columns[of_tile][2 * (t_unit ^ place / 2)]);
+      const uint4 bytes = place % 2 ? uint4{both.z, both.w, both.x, both.y} : both;
+      const long long at = (long long)(first + of_tile) * p.t_rows + t * kBlock + t_unit * 16;
+      *reinterpret_cast<uint4*>(data + at) = bytes;
+    }
+  }
+
+  __forceinline__ void run() {
+    load();
+    compute();
+    const long long t_tile = (long long)batch * p.tiles_m() + t;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      take(half ? kDUp : kDGate);
+      quantise_rows(half);
+      quantise_columns(p.t_dh + (long long)batch * 2 * p.k * p.t_rows,
+                       p.t_dh_scale + t_tile * 2 * p.k, half * p.k + k0);
+    }
+    take(kY);
+    quantise_columns(p.t_y + (long long)batch * p.k * p.t_rows, p.t_y_scale + t_tile * p.k, k0);
+  }
+};
+
+}  // namespace deepgemm::training
+
+extern "C" __global__ void __launch_bounds__(deepgemm::training::config.threads(), 2)
+    kernel(const __grid_constant__ deepgemm::training::SwigluBackwardParams p) {
+  using namespace deepgemm::training;
+  extern __shared__ uint4 memory[];
+  deepgemm::wait_for_previous_kernel();
+  deepgemm::let_next_kernel_start();
+  const int tiles = p.tiles();
+  if (int(blockIdx.x) >= tiles) return clear(p, blockIdx.x - tiles);
+  Tile tile{p, *reinterpret_cast<Shared*>(memory)};
+  const unsigned along_m = blockIdx.x / unsigned(p.tiles_k());
+  tile.k0 = blockIdx.x % unsigned(p.tiles_k()) * kBlock;
+  tile.batch = along_m / unsigned(p.tiles_m());
+  tile.t = along_m % unsigned(p.tiles_m());
+  const deepgemm::quantize::Groups groups(p.group_sizes + tile.batch * p.groups, p.groups, p.m,
+                                          tile.t * kBlock);
+  tile.m0 = groups.m0;
+  tile.rows = groups.rows;
+  tile.row = threadIdx.x / 16 * kRows;
+  tile.column = threadIdx.x % 16 * kVector;
+  tile.run();
+}
