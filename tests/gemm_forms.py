@@ -93,6 +93,15 @@ def forms(seed: int = 0) -> Iterator[Form]:
             (a, a_scale, b, b_scale),
             product(double(a) * wide(a_scale), b64),
         )
+        a, b = (data(*x.shape, dtype=jnp.bfloat16) for x in (a, b))
+        yield Form(
+            f"{m} rows bf16",
+            dense.bf16_gemm_nt,
+            dense.GemmParams(),
+            dense.Form("none"),
+            (a, b),
+            product(double(a), double(b)),
+        )
     # Dense, bfloat16, in every layout.
     for layout in ("nt", "nn", "tn", "tt"):
         a, b = data(M, K, dtype=jnp.bfloat16), data(N, K, dtype=jnp.bfloat16)

@@ -239,6 +239,15 @@ __forceinline__ void stmatrix(uint32_t shared, uint32_t x0, uint32_t x1, uint32_
                : "memory");
 }
 
+// The same with each matrix transposed: a lane's address is that of one of its columns.
+__forceinline__ void stmatrix_transposed(uint32_t shared, uint32_t x0, uint32_t x1, uint32_t x2,
+                                         uint32_t x3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+      "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+      : "memory");
+}
+
 // Of an 8 x 8 matrix of 16-bit elements, lane i holds elements 2 * (i % 4) + {0, 1} of row i / 4
 // and gets those of column i / 4.
 __forceinline__ uint32_t transpose_matrix(uint32_t x) {

@@ -74,23 +74,34 @@ struct FewRows {
   int stages;          // depth of the ring between the copy engine and the tensor cores
   int split;           // CTAs of a cluster that divide K
   int out_float32;     // D is float32, otherwise bfloat16
-  int a_type, b_type;  // Element, of 8 bits
+  int a_type, b_type;  // Element: both of 8 bits or both of 16
+  int scales;          // kNoScales or kBlocks
 
-  static constexpr int scales = kBlocks, groups = kDense;
+  static constexpr int groups = kDense;
 
   constexpr int cluster() const { return split; }
   constexpr int threads() const { return (consumers + 1) * 128; }
+  constexpr int element_bytes() const { return a_type == kBfloat16 ? 2 : 1; }
+  constexpr int block_k() const { return kRowBytes / element_bytes(); }
   constexpr int block_n() const { return 64 * consumers; }
   constexpr int a_bytes() const { return block_m * kRowBytes; }
   constexpr int b_bytes() const { return block_n() * kRowBytes; }
-  constexpr int scale_bytes() const { return (block_m + 4) * 4; }  // B's: one for each consumer
+  constexpr int scale_bytes() const {
+    return scales == kNoScales ? 0 : (block_m + 4) * 4;  // B's: one for each consumer
+  }
   // Sums travel between CTAs in chunks of eight rows of A. So many belong to one CTA, which adds
   // them up and stores them.
   constexpr int owned() const { return ceil_div(block_m / 8, split); }
   constexpr int chunk_bytes() const { return 8 * block_n() * 4; }
   constexpr int received_bytes() const { return (split - 1) * owned() * chunk_bytes(); }
+  // A bfloat16 D is transposed in shared memory, unless a thread has but a few elements of it.
+  constexpr int d_bytes() const {
+    return out_float32 || block_m == 8 ? 0 : owned() * 8 * block_n() * 2;
+  }
   constexpr int stage_bytes() const { return a_bytes() + b_bytes() + scale_bytes(); }
-  constexpr int smem_bytes() const { return received_bytes() + stages * (stage_bytes() + 16) + 16; }
+  constexpr int smem_bytes() const {
+    return received_bytes() + d_bytes() + stages * (stage_bytes() + 16) + 16;
+  }
 };
 
 // Rows (kContiguous) or elements along K (kAlongK) of one group.

@@ -84,8 +84,8 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
 
 inline Plan plan(const FewRows& config, int num_sms, const Operands& x) {
   Params p = {};
-  p.a = x.a.map(1, kRowBytes, config.block_m);
-  p.b = x.b.map(1, kRowBytes, config.block_n());
+  p.a = x.a.map(config.element_bytes(), config.block_k(), config.block_m);
+  p.b = x.b.map(config.element_bytes(), config.block_k(), config.block_n());
   p.accumulate = x.accumulate;
   p.a_scale = x.a_scale;
   p.b_scale = x.b_scale;
@@ -94,7 +94,7 @@ inline Plan plan(const FewRows& config, int num_sms, const Operands& x) {
   p.n = x.d.columns;
   p.k = x.a.columns;
   p.blocks_n = ceil_div(p.n, 128);
-  p.blocks_k = ceil_div(p.k, kRowBytes);
+  p.blocks_k = ceil_div(p.k, config.block_k());
   const int rows = ceil_div(p.m, config.block_m), columns = ceil_div(p.n, config.block_n());
   // Tiles of the same rows of B come one after the other.
   p.order = {rows, columns, static_cast<int>(x.d.batch), rows};

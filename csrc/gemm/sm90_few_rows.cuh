@@ -1,8 +1,10 @@
 // D[M, N] (+)= sum over blocks kb of 128 along K:
-//   a_scale[m, kb] * b_scale[n / 128, kb] * (A[m, kb] . B[n, kb])        (FP8 operands, K-major)
+//   a_scale[m, kb] * b_scale[n / 128, kb] * (A[m, kb] . B[n, kb])                 (FP8 operands)
+//   A[m, kb] . B[n, kb]                                                      (bfloat16 operands)
 //
-// for an A of few rows, where the time is that of reading B once. The product is B A^T: rows of B
-// lie along the tensor core's side of 64, rows of A along the side that may be as short as 8.
+// for an A of few rows, where the time is that of reading B once; K is contiguous in both. The
+// product is B A^T: rows of B lie along the tensor core's side of 64, rows of A along the side that
+// may be as short as 8.
 //
 //   copy thread   tiles of A and B   \                             consumer 0: 64 rows of B
 //   scale warp    scales of A and B  / ring of `stages` slots      consumer 1: the next 64
@@ -28,6 +30,7 @@ constexpr FewRows config{CONFIG};
 constexpr int kBlockN = config.block_n();
 constexpr int kChunks = config.block_m / 8;  // of eight rows of A: four registers a thread
 constexpr int kOwned = config.owned();
+constexpr bool kScaled = config.scales != kNoScales;
 constexpr int kConsumerWarps = config.consumers * 4;  // that multiply
 
 // Registers move from the producer, which needs few, to the consumers; a launch gives each thread
@@ -58,7 +61,8 @@ struct Ring {
 
   static constexpr int kB = config.stages * config.a_bytes();
   static constexpr int kReceived = kB + config.stages * config.b_bytes();
-  static constexpr int kScales = kReceived + config.received_bytes();
+  static constexpr int kD = kReceived + config.received_bytes();
+  static constexpr int kScales = kD + config.d_bytes();
   static constexpr int kFull = kScales + config.stages * config.scale_bytes();
   static constexpr int kEmpty = kFull + config.stages * 8;
 
@@ -68,6 +72,9 @@ struct Ring {
   uint32_t b_scale() const { return a_scale() + config.block_m * 4; }
   uint32_t full() const { return memory + kFull + slot * 8; }
   uint32_t empty() const { return memory + kEmpty + slot * 8; }
+
+  // Where a consumer stages the chunks that this CTA owns.
+  uint32_t d(int consumer) const { return memory + kD + consumer * kOwned * 1024; }
 
   // A chunk that this CTA owns, from the CTA that is `distance` behind it in the cluster.
   uint32_t sums(int distance, int chunk) const {
@@ -101,6 +108,9 @@ struct Tiles {
     n0 = t.n * kBlockN;
   }
 
+  // Rows from here on are not the tile's to write.
+  __forceinline__ int m_end() const { return min(m0 + config.block_m, p.m); }
+
   __forceinline__ bool first() const { return index < gridDim.x / config.split; }
   __forceinline__ bool last() const { return index + gridDim.x / config.split >= p.order.count(); }
   __forceinline__ bool done() const { return index >= p.order.count(); }
@@ -122,10 +132,11 @@ struct Share {
 __forceinline__ void copy_tiles(const Params& p, Ring ring, Share share) {
   for (Tiles tile(p); !tile.done(); tile.next()) {
     for (int kb = share.first; kb < share.end; ++kb, ring.advance()) {
+      const int k = kb * config.block_k();
       barrier_wait(ring.empty(), ring.parity ^ 1);
       barrier_arrive_expect(ring.full(), config.a_bytes() + config.b_bytes());
-      tma_load<1>(ring.a(), &p.a, ring.full(), kb * kRowBytes, tile.m0, tile.batch, 0);
-      tma_load_once(ring.b(), &p.b, ring.full(), kb * kRowBytes, tile.n0, tile.batch);
+      tma_load<1>(ring.a(), &p.a, ring.full(), k, tile.m0, tile.batch, 0);
+      tma_load_once(ring.b(), &p.b, ring.full(), k, tile.n0, tile.batch);
     }
   }
 }
@@ -152,37 +163,23 @@ __forceinline__ void copy_scales(const Params& p, Ring ring, Share share) {
   }
 }
 
-// Lane q of four holds row q of a 4 x 4 matrix and gets column q.
-__forceinline__ void transpose_quad(uint32_t (&x)[4]) {
-#pragma unroll
-  for (int step = 1; step <= 2; ++step) {
-    const bool upper = threadIdx.x & step;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const uint32_t received = __shfl_xor_sync(0xffffffff, upper ? x[i] : x[i + step], step);
-      if (upper) {
-        x[i] = received;
-      } else {
-        x[i + step] = received;
-      }
-    }
-  }
-}
+using Sum = float[4 * kChunks];  // of a consumer's thread
 
-// A warp's sums into D: its 16 columns from `column` on, and chunks of eight rows from `row` on. A
-// thread has columns i and i + 8 of rows 2 q and 2 q + 1 of each chunk, where it is 4 i + q.
+// A consumer's sums into rows `row` to `end` of D, in its 64 columns from `column` on. A thread has
+// columns i and i + 8 of its warp's 16 in rows 2 q and 2 q + 1 of each chunk, where it is 4 i + q.
 template <int count>
-__forceinline__ void store(const Params& p, float (&sum)[count], int batch, int row, int column) {
+__forceinline__ void store(const Params& p, const Ring& ring, float (&sum)[count], int batch,
+                           int row, int end, int column) {
   constexpr int chunks = count / 4;
-  const int lane = threadIdx.x % 32, q = lane % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, consumer = threadIdx.x / 128;
   Out* d = static_cast<Out*>(p.d) + static_cast<long long>(batch) * p.m * p.n;
-  const bool vectors = !config.out_float32 && p.n % 8 == 0;  // rows are 16-byte aligned
+  const bool vectors = config.d_bytes() > 0 && p.n % 8 == 0;  // rows are 16-byte aligned
   if (p.accumulate || !vectors) {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const int r = row + i / 4 * 8 + 2 * q + i % 2, c = column + lane / 4 + i % 4 / 2 * 8;
-      if (r >= p.m || c >= p.n) continue;
+      const int r = row + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const int c = column + warp * 16 + lane / 4 + i % 4 / 2 * 8;
+      if (r >= end || c >= p.n) continue;
       Out* to = d + static_cast<long long>(r) * p.n + c;
       if constexpr (config.out_float32) {
         *to = p.accumulate ? *to + sum[i] : sum[i];
@@ -192,20 +189,27 @@ __forceinline__ void store(const Params& p, float (&sum)[count], int batch, int 
       }
     }
   }
-  if constexpr (!config.out_float32) {
+  if constexpr (config.d_bytes() > 0) {
     if (!vectors) return;
+    const auto staged = [&](int r, int c) {  // 8 columns of a row, swizzled
+      return ring.d(consumer) + r * 128 + (c ^ r % 8) * 16;
+    };
+    named_barrier(1 + consumer, 128);  // all have read the last tile
 #pragma unroll
-    for (int j = 0; j < chunks; j += 2) {  // 16 rows: 16 bytes of one for each thread
-      uint32_t x[4] = {};
+    for (int j = 0; j < chunks; j += 2) {  // two chunks, or one twice
+      const int next = min(j + 1, chunks - 1);
+      const float *x = &sum[4 * j], *y = &sum[4 * next];
+      stmatrix_transposed(staged((lane < 16 ? j : next) * 8 + lane % 8, 2 * warp + lane / 8 % 2),
+                          pack_bfloat16(x[0], x[1]), pack_bfloat16(x[2], x[3]),
+                          pack_bfloat16(y[0], y[1]), pack_bfloat16(y[2], y[3]));
+    }
+    named_barrier(1 + consumer, 128);
 #pragma unroll
-      for (int i = 0; i < 4 && j + i / 2 < chunks; ++i) {
-        x[i] = transpose_matrix(pack_bfloat16(sum[4 * j + 2 * i], sum[4 * j + 2 * i + 1]));
-      }
-      transpose_quad(x);
-      const int r = row + (j + q / 2) * 8 + lane / 4, c = column + q % 2 * 8;
-      if (j + q / 2 < chunks && r < p.m && c < p.n)
-        *reinterpret_cast<uint4*>(d + static_cast<long long>(r) * p.n + c) =
-            make_uint4(x[0], x[1], x[2], x[3]);
+    for (int i = threadIdx.x % 128; i < chunks * 64; i += 128) {
+      const int r = i / 8, c = i % 8;
+      if (row + r < end && column + c * 8 < p.n)
+        *reinterpret_cast<uint4*>(d + static_cast<long long>(row + r) * p.n + column + c * 8) =
+            load_shared_quad(staged(r, c));
     }
   }
 }
@@ -213,7 +217,7 @@ __forceinline__ void store(const Params& p, float (&sum)[count], int batch, int 
 // Gives away the sums that other CTAs own, adds theirs to those that this one owns, and stores
 // them.
 __forceinline__ void reduce(const Params& p, const Ring& ring, const Tiles& tile, int rank,
-                            uint32_t tile_parity, const float (&sum)[4 * kChunks], int column) {
+                            uint32_t tile_parity, const Sum& sum, int column) {
   const int chunks = min(kOwned, kChunks - rank * kOwned);  // none if not positive
   if (threadIdx.x == 0 && chunks > 0)
     barrier_arrive_expect(ring.received(), (config.split - 1) * chunks * config.chunk_bytes());
@@ -256,53 +260,119 @@ __forceinline__ void reduce(const Params& p, const Ring& ring, const Tiles& tile
   // Nobody waits for the last tile's, and the CTA that would be told may be gone.
   if (!tile.last() && threadIdx.x % 32 < config.split)
     barrier_arrive_at(ring.taken(), threadIdx.x % 32);
-  if (chunks > 0) store(p, own, tile.batch, tile.m0 + rank * kOwned * 8, column);
+  if (chunks > 0)
+    store(p, ring, own, tile.batch, tile.m0 + rank * kOwned * 8, tile.m_end(), column);
 }
 
-__forceinline__ void multiply(const Params& p, Ring ring, Share share, int rank, int consumer) {
-  const int lane = threadIdx.x % 32;
-  const int warp_column = consumer * 64 + threadIdx.x % 128 / 32 * 16;
-  uint32_t tile_parity = 0;
-  for (Tiles tile(p); !tile.done(); tile.next(), tile_parity ^= 1) {
-    float sum[4 * kChunks] = {};
-    float part[4 * kChunks];
-#pragma unroll 1
-    for (int kb = share.first; kb < share.end; ++kb) {
-      barrier_wait(ring.full(), ring.parity);
-      const uint64_t b = tile_descriptor(ring.b() + consumer * 64 * kRowBytes);
-      const uint64_t a = tile_descriptor(ring.a());
-      pin(part);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kRowBytes / 32; ++k)
-        wgmma<config.block_m, config.b_type, config.a_type>(part, b + 2 * k, a + 2 * k, k);
-      wgmma_commit();
-      const float b_scale = load_shared(ring.b_scale() + consumer * 4);
-      float scale[2 * kChunks];
-      const auto load_scales = [&] {
-#pragma unroll
-        for (int j = 0; j < kChunks; ++j) {
-          const float2 pair = load_shared_pair(ring.a_scale() + (8 * j + lane % 4 * 2) * 4);
-          scale[2 * j] = pair.x;
-          scale[2 * j + 1] = pair.y;
-        }
-      };
-      // During the product, unless registers are short.
-      if constexpr (kChunks <= 8) load_scales();
-      wgmma_wait<0>();
-      pin(part);
-      if constexpr (kChunks > 8) load_scales();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(ring.empty());
-      ring.advance();
-#pragma unroll
-      for (int i = 0; i < 4 * kChunks; ++i) sum[i] += scale[i / 4 * 2 + i % 2] * b_scale * part[i];
-    }
+// Whether a consumer's registers hold two products beside the sums.
+constexpr bool kTwoProducts = config.block_m <= 64 || config.consumers <= 2;
 
-    if constexpr (config.split == 1) {
-      store(p, sum, tile.batch, tile.m0, tile.n0 + warp_column);
+// What one consumer makes of the slots.
+struct Consumer {
+  Ring next, ring;  // where the next product begins, and where the next one ends
+  int number;
+
+  // part (+)= B A^T, of a block of K.
+  __forceinline__ void begin(Sum& part, bool add) {
+    barrier_wait(next.full(), next.parity);
+    const uint64_t b = tile_descriptor(next.b() + number * 64 * kRowBytes);
+    const uint64_t a = tile_descriptor(next.a());
+    pin(part);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kRowBytes / 32; ++k)
+      wgmma<config.block_m, config.b_type, config.a_type>(part, b + 2 * k, a + 2 * k, add || k);
+    wgmma_commit();
+    next.advance();
+  }
+
+  // Gives the slot back.
+  __forceinline__ void end() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty());
+    ring.advance();
+  }
+
+  // The part is complete: sum += scales * part.
+  __forceinline__ void promote(Sum& sum, Sum& part) {
+    pin(part);
+    const float b_scale = load_shared(ring.b_scale() + number * 4);
+    float scale[2 * kChunks];
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      const float2 pair = load_shared_pair(ring.a_scale() + (8 * j + threadIdx.x % 4 * 2) * 4);
+      scale[2 * j] = pair.x;
+      scale[2 * j + 1] = pair.y;
+    }
+    end();
+#pragma unroll
+    for (int i = 0; i < 4 * kChunks; ++i) sum[i] += scale[i / 4 * 2 + i % 2] * b_scale * part[i];
+  }
+
+  // While the tensor cores are at one product the one before is promoted.
+  __forceinline__ void multiply_and_promote(Sum& sum, int blocks) {
+    Sum parts[2];
+    if (!kTwoProducts) {
+#pragma unroll 1
+      for (; blocks > 0; --blocks) {
+        begin(parts[0], false);
+        wgmma_wait<0>();
+        promote(sum, parts[0]);
+      }
+    } else if (blocks > 0) {
+      begin(parts[0], false);
+#pragma unroll 1
+      for (; blocks > 2; blocks -= 2) {
+        begin(parts[1], false);
+        wgmma_wait<1>();
+        promote(sum, parts[0]);
+        begin(parts[0], false);
+        wgmma_wait<1>();
+        promote(sum, parts[1]);
+      }
+      if (blocks == 2) {
+        begin(parts[1], false);
+        wgmma_wait<1>();
+        promote(sum, parts[0]);
+        wgmma_wait<0>();
+        promote(sum, parts[1]);
+      } else {
+        wgmma_wait<0>();
+        promote(sum, parts[0]);
+      }
+    }
+  }
+
+  // Of bfloat16: products add up in the tensor cores.
+  __forceinline__ void multiply(Sum& sum, int blocks) {
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) {
+      begin(sum, true);
+      wgmma_wait<1>();
+      if (i > 0) end();
+    }
+    wgmma_wait<0>();
+    pin(sum);
+    if (blocks > 0) end();
+  }
+};
+
+__forceinline__ void multiply(const Params& p, const Ring& ring, Share share, int rank,
+                              int number) {
+  Consumer consumer{ring, ring, number};
+  uint32_t parity = 0;
+  for (Tiles tile(p); !tile.done(); tile.next(), parity ^= 1) {
+    Sum sum = {};
+    if constexpr (kScaled) {
+      consumer.multiply_and_promote(sum, share.end - share.first);
     } else {
-      reduce(p, ring, tile, rank, tile_parity, sum, tile.n0 + warp_column);
+      consumer.multiply(sum, share.end - share.first);
+    }
+    const int column = tile.n0 + number * 64;
+    if constexpr (config.split == 1) {
+      store(p, ring, sum, tile.batch, tile.m0, tile.m_end(), column);
+    } else {
+      reduce(p, ring, tile, rank, parity, sum, column);
     }
   }
 }
@@ -317,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     prefetch(&params.a);
     prefetch(&params.b);
     for (; ring.parity == 0; ring.advance()) {
-      barrier_init(ring.full(), 1 + 32);  // the copy thread, the lanes of the scale warp
+      barrier_init(ring.full(), 1 + (kScaled ? 32 : 0));  // the copy thread, the scale warp's lanes
       barrier_init(ring.empty(), kConsumerWarps);
     }
     barrier_init(ring.received(), 1);
@@ -340,7 +410,7 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     if (warp == kConsumerWarps) {
       if (elect_one()) copy_tiles(params, ring, share);
       __syncwarp();
-    } else if (warp == kConsumerWarps + 1) {
+    } else if (kScaled && warp == kConsumerWarps + 1) {
       copy_scales(params, ring, share);
     }
     if constexpr (config.split > 1) cluster_wait();

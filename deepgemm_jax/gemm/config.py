@@ -170,6 +170,7 @@ class FewRows(AnyConfig):
     out_float32: int
     a_type: int
     b_type: int
+    scales: int
 
     def num_sms(self, device: Device) -> int:
         # Clusters do not cross the borders of the chip's parts, which leaves some of it idle.
@@ -178,14 +179,16 @@ class FewRows(AnyConfig):
 
     def _shape(self, device: Device) -> Iterator[tuple[bool, str]]:
         yield self.block_m in (8, 16, 32, 64, 128), "block_m = 8, 16, 32, 64 or 128"
-        yield self.consumers in (1, 2), "1 or 2 consumers"
+        yield self.consumers in (1, 2, 3), "1 to 3 consumers"
         most = min(8, device.num_sms)
         yield self.split in range(1, most + 1), f"K divided among 1 to {most} CTAs"
         yield 2 <= self.stages <= MAX_STAGES, f"2 to {MAX_STAGES} stages"
 
     def _form(self, problem: Problem) -> Iterator[tuple[bool, str]]:
-        form = problem.scales, problem.groups
-        yield form == ("blocks", "dense"), "a dense GEMM with scales of blocks"
+        yield problem.scales in ("none", "blocks"), "no scales, or scales of blocks"
+        yield problem.groups == "dense", "a dense GEMM"
+        k_major = not problem.a_mn_major and not problem.b_mn_major
+        yield k_major, "operands whose K is contiguous"
         yield from super()._form(problem)
 
 
@@ -234,22 +237,36 @@ CHANNELS = 1.42  # times a block's cost, if there is a scale for each column
 LAUNCH_US = 4.2  # until the first bytes are there
 BYTES_PER_US = 4.5e6  # of device memory
 
-# Of the kernel for few rows: rows of A in a tile, and then consumers and the CTAs that divide K.
-FEW_ROWS = (8, 64, 128)
-SPLITS = ((1, 1), (1, 2), (1, 8), (2, 1), (2, 2), (2, 4))
-# On an H200 it reads so many bytes of B, which it has replace each other in L2; one multiprocessor
-# takes in so many, and exchanges so many in its cluster; exchanging at all, and an element's store.
-B_PER_US = 3.6e6
-IN_PER_US = 71e3
-EXCHANGED_PER_US = 37e3
-EXCHANGE_US = 0.3
-STORE_US = 1.1e-4
+# Of the kernel for few rows: rows of A in a tile, consumers, and the CTAs that divide K.
+FEW_ROWS = (
+    *((8, 1, split) for split in (1, 2, 3, 4, 8)),
+    *((32, 1, split) for split in (1, 2, 3, 8)),
+    *((64, 1, split) for split in (1, 2, 3, 4, 8)),
+    (64, 2, 1),
+    *((128, 1, split) for split in (1, 2, 3)),
+    (128, 2, 2),
+    (128, 3, 1),
+)
+# On an H200: until the first bytes are there; the bytes of B that it reads, which it has replace
+# each other in L2, and what it costs to read them again for the next rows of A; those of A and B
+# that one multiprocessor multiplies, and promotes if they have scales; those that it exchanges in
+# its cluster; an element's store.
+FIRST_BYTES_US = 3.9
+B_PER_US = 4.1e6
+AGAIN = 0.25
+MULTIPLIED_PER_US = {"blocks": 110e3, "none": 190e3}
+EXCHANGED_PER_US = 12.5e3
+STORE_US = 4e-5
+# So many bytes under way to a multiprocessor are enough, and so many stages. The more there are,
+# the later come those that were asked for first.
+IN_FLIGHT = 96 * 1024
+FEW_STAGES = 5
 
 
-def _deepest(config: Callable[[int], Any], device: Device) -> Any:
-    """The config with as many stages as fit."""
+def _deepest(config: Callable[[int], Any], device: Device, most: int = MAX_STAGES) -> Any:
+    """The config with as many stages as fit, but no more than the `most` that are of use."""
     none, one = (config(stages).smem_bytes for stages in (0, 1))
-    return config(min(MAX_STAGES, (device.smem_bytes - none) // (one - none)))
+    return config(min(most, (device.smem_bytes - none) // (one - none)))
 
 
 def _configs(problem: Problem, device: Device) -> Iterator[tuple[Tile, Config]]:
@@ -270,15 +287,24 @@ def _configs(problem: Problem, device: Device) -> Iterator[tuple[Tile, Config]]:
 
 
 def _few_rows(problem: Problem, device: Device) -> Iterator[FewRows]:
-    if (problem.scales, problem.groups) != ("blocks", "dense") or problem.m > max(FEW_ROWS):
+    if (
+        problem.m > max(block_m for block_m, *_ in FEW_ROWS)
+        or problem.scales not in MULTIPLIED_PER_US
+        or problem.groups != "dense"
+        or problem.a_mn_major
+        or problem.b_mn_major
+    ):
         return
-    form = {name: problem.variant[name] for name in ("out_float32", "a_type", "b_type")}
-    for block_m, (consumers, split) in itertools.product(FEW_ROWS, SPLITS):
+    fields = {field.name for field in dataclasses.fields(FewRows)}
+    form = {name: value for name, value in problem.variant.items() if name in fields}
+    for block_m, consumers, split in FEW_ROWS:
+        slot = (block_m + 64 * consumers) * ROW_BYTES
+        enough = min(MAX_STAGES, max(FEW_STAGES, math.ceil(IN_FLIGHT / slot)))
 
         def config(stages: int) -> FewRows:
             return FewRows(block_m, consumers, stages, split, **form)  # noqa: B023
 
-        deepest = _deepest(config, device)
+        deepest = _deepest(config, device, enough)
         if deepest.fits(problem, device):
             yield deepest
 
@@ -311,19 +337,20 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
 
 
 def _few_rows_seconds(problem: Problem, config: FewRows, device: Device) -> float:
-    """Loads, of memory or of one multiprocessor, whichever takes longer; then the exchange of sums
-    and the store, for each tile."""
-    rows, columns = config.block_m, 64 * config.consumers
-    tiles = problem.batch * math.ceil(problem.m / rows) * math.ceil(problem.n / columns)
-    rounds = math.ceil(tiles / (config.num_sms(device) // config.split))
-    blocks = math.ceil(math.ceil(problem.k / problem.block_k) / config.split)
-    memory_us = _moved_bytes(problem) / B_PER_US
-    load_us = rounds * blocks * (rows + columns) * ROW_BYTES / IN_PER_US
-    exchanged = (config.split - 1) / config.split * rows * columns * 4
-    exchange_us = (config.split > 1) * EXCHANGE_US + rounds * exchanged / EXCHANGED_PER_US
-    # Neither hides the other wholly when they are nearly alike.
-    loads_us = (memory_us**5 + load_us**5) ** 0.2
-    return (LAUNCH_US + loads_us + exchange_us + rounds * rows * columns * STORE_US) * 1e-6
+    """Reading and multiplying, of which neither hides the other wholly when they are nearly alike;
+    then the exchange of sums and the store, for each tile."""
+    rows, columns, split = config.block_m, 64 * config.consumers, config.split
+    tiles_m, tiles_n = math.ceil(problem.m / rows), math.ceil(problem.n / columns)
+    rounds = math.ceil(problem.batch * tiles_m * tiles_n / (config.num_sms(device) // split))
+    blocks = math.ceil(problem.k / problem.block_k)
+    b_bytes = problem.batch * problem.n * blocks * ROW_BYTES
+    read_us = (_moved_bytes(problem) + AGAIN * (tiles_m - 1) * b_bytes) / B_PER_US
+    multiplied = rounds * math.ceil(blocks / split) * (rows + columns) * ROW_BYTES
+    multiply_us = multiplied / MULTIPLIED_PER_US[problem.scales]
+    exchange_us = rounds * (split - 1) / split * rows * columns * 4 / EXCHANGED_PER_US
+    store_us = rounds * min(rows, problem.m) * columns / split * STORE_US
+    both_us = math.hypot(read_us, multiply_us)
+    return (FIRST_BYTES_US + both_us + exchange_us + store_us) * 1e-6
 
 
 def candidates(problem: Problem, device: Device) -> list[tuple[AnyConfig, float]]:

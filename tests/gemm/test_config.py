@@ -10,7 +10,15 @@ import pytest
 
 from deepgemm_jax import bf16_gemm_nt, explain
 from deepgemm_jax._core.device import H200
-from deepgemm_jax.gemm.config import MAX_STAGES, FewRows, Problem, candidates, choose, variants
+from deepgemm_jax.gemm.config import (
+    MAX_STAGES,
+    Config,
+    FewRows,
+    Problem,
+    candidates,
+    choose,
+    variants,
+)
 
 PROBLEM = Problem(m=130, n=200, k=400, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
 VARIANTS = set(variants())
@@ -65,8 +73,9 @@ def test_choice():
         config.validate(problem, device)
         assert config.smem_bytes <= device.smem_bytes
         assert config.num_sms(device) <= device.num_sms
-        deeper = dataclasses.replace(config, stages=config.stages + 1)
-        assert config.stages == MAX_STAGES or deeper.smem_bytes > device.smem_bytes
+        if isinstance(config, Config):
+            deeper = dataclasses.replace(config, stages=config.stages + 1)
+            assert config.stages == MAX_STAGES or deeper.smem_bytes > device.smem_bytes
         assert config in VARIANTS, "warm-up would not compile it"
 
 
@@ -101,20 +110,28 @@ def test_config_that_does_not_fit(change, wanted):
     ("change", "wanted"),
     [
         ({"block_m": 24}, "block_m = 8, 16, 32, 64 or 128"),
-        ({"consumers": 3}, "1 or 2 consumers"),
+        ({"consumers": 4}, "1 to 3 consumers"),
         ({"split": 0}, "K divided among 1 to 8 CTAs"),
         ({"split": 9}, "K divided among 1 to 8 CTAs"),
         ({"stages": 1}, "2 to 12 stages"),
         ({"stages": 10}, "at most 232448 bytes of shared memory, not "),
         ({"a_type": 1}, "a_type=0, as the operands have it"),
+        ({"scales": 0}, "scales=1, as the operands have it"),
     ],
     ids=str,
 )
 def test_config_for_few_rows_that_does_not_fit(change, wanted):
-    config = FewRows(64, consumers=2, stages=8, split=2, out_float32=0, a_type=0, b_type=0)
+    config = FewRows(
+        64, consumers=2, stages=8, split=2, out_float32=0, a_type=0, b_type=0, scales=1
+    )
     assert_refused(config, change, wanted)
-    with pytest.raises(ValueError, match="a dense GEMM with scales of blocks"):
-        config.validate(dataclasses.replace(PROBLEM, groups="masked"), H200)
+    for form, wanted in (
+        ({"groups": "masked"}, "a dense GEMM"),
+        ({"scales": "rows"}, "no scales, or scales of blocks"),
+        ({"b_mn_major": True}, "operands whose K is contiguous"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            config.validate(dataclasses.replace(PROBLEM, **form), H200)
 
 
 def assert_refused(config, change, wanted):

@@ -40,9 +40,13 @@ def test_simulated_kernel(name, dtype, tile, add, tmp_path):
     ("name", "dtype", "tile", "add"),
     [
         ("1 rows", jnp.bfloat16, (8, 1, 2), False),
-        ("17 rows", jnp.bfloat16, (8, 2, 1), True),
-        ("17 rows", jnp.float32, (64, 2, 4), True),
+        ("17 rows", jnp.bfloat16, (32, 1, 3), True),
+        ("17 rows", jnp.float32, (8, 1, 8), True),
+        ("128 rows", jnp.bfloat16, (64, 1, 3), False),
         ("128 rows", jnp.bfloat16, (128, 2, 2), False),
+        ("128 rows", jnp.float32, (128, 3, 1), False),
+        ("17 rows bf16", jnp.bfloat16, (32, 1, 2), False),
+        ("128 rows bf16", jnp.float32, (64, 2, 1), True),
     ],
     ids=str,
 )

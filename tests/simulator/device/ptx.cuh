@@ -197,6 +197,13 @@ inline uint32_t transpose_matrix(uint32_t x) {
   return element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
 }
 
+inline void stmatrix_transposed(uint32_t shared, uint32_t x0, uint32_t x1, uint32_t x2,
+                                uint32_t x3) {
+  const uint32_t x[] = {transpose_matrix(x0), transpose_matrix(x1), transpose_matrix(x2),
+                        transpose_matrix(x3)};
+  stmatrix(shared, x[0], x[1], x[2], x[3]);
+}
+
 // ---- clusters, dependent launches, registers --------------------------------------------------
 
 inline uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
