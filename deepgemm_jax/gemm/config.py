@@ -236,6 +236,8 @@ DENSE_BF16_TILES = (
 CHANNELS = 1.42  # times a block's cost, if there is a scale for each column
 LAUNCH_US = 4.2  # until the first bytes are there
 BYTES_PER_US = 4.5e6  # of device memory
+L2_BYTES = 50e6
+WRITTEN_BACK_US = 0.07e-6  # for each byte, as long as L2 is full of what was written before
 
 # Of the kernel for few rows: rows of A in a tile, consumers, and the CTAs that divide K.
 FEW_ROWS = (
@@ -333,7 +335,9 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     blocks = math.ceil(problem.k / problem.block_k)
     block_us = tile.block_us * (CHANNELS if problem.scales == "channels" else 1)
     busy_us = rounds * (blocks * block_us + tile.store_us)
-    return (LAUNCH_US + max(busy_us, _moved_bytes(problem) / BYTES_PER_US)) * 1e-6
+    moved = _moved_bytes(problem)
+    memory_us = moved / BYTES_PER_US + min(moved, L2_BYTES) * WRITTEN_BACK_US
+    return (LAUNCH_US + max(busy_us, memory_us)) * 1e-6
 
 
 def _few_rows_seconds(problem: Problem, config: FewRows, device: Device) -> float:
