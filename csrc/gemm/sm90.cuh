@@ -320,8 +320,6 @@ __forceinline__ void copy_scales(const Params& p, Ring ring, int lane) {
   if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
 }
 
-constexpr int kSteps = kRowBytes / 32;  // of a block's product
-
 using Part = float[config.block_n / 2];
 using Sum = Part[kWaves];
 
@@ -351,19 +349,15 @@ struct Reader {
     look_ahead();
   }
 
-  // Starts one block's product of a wave's rows, and does meanwhile(step) after each of its steps.
-  // A warp waits at a step until the one before the last has begun: what stands between them is
-  // done in that time, what stands behind them only when the product is nearly over.
-  template <class F>
-  __forceinline__ void product(Part& d, int wave, bool accumulate, F meanwhile) const {
+  // Starts one block's product of a wave's rows.
+  __forceinline__ void product(Part& d, int wave, bool accumulate) const {
     constexpr int a_step = config.a_mn_major ? 128 : 2, b_step = config.b_mn_major ? 128 : 2;
     const uint64_t rows = a + wave * (kWaveRows * kRowBytes >> 4);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int k = 0; k < kRowBytes / 32; ++k) {
       wgmma<config.block_n, config.a_type, config.b_type, config.a_mn_major, config.b_mn_major>(
-          d, rows + a_step * step, b + b_step * step, accumulate || step);
-      meanwhile(step);
+          d, rows + a_step * k, b + b_step * k, accumulate || k);
     }
     wgmma_commit();
   }
@@ -431,28 +425,18 @@ __forceinline__ void promote(Part& sum, const Part& part, const float (&scale)[2
 }
 
 // What a thread's elements of a product are multiplied by: the scales of their rows and columns.
-struct Factors {
-  float rows[2];
-  Part all;
-
-  __forceinline__ Factors(const Ring& slot, int row)
-      : rows{load_shared(slot.scale(row)), load_shared(slot.scale(row + 8))} {}
-
-  // Those of a share of the columns.
-  __forceinline__ void load(const Ring& slot, int share, int shares) {
-    constexpr int chunks = config.block_n / 8;
+__forceinline__ void load_factors(Part& factors, const Ring& slot, int row) {
+  const float scale[2] = {load_shared(slot.scale(row)), load_shared(slot.scale(row + 8))};
 #pragma unroll
-    for (int i = 0; i < chunks; ++i) {
-      if (i * shares / chunks != share) continue;
-      const float2 column = load_shared_pair(slot.scale(8 * i + threadIdx.x % 4 * 2, 1));
+  for (int chunk = 0; chunk < config.block_n / 8; ++chunk) {
+    const float2 column = load_shared_pair(slot.scale(8 * chunk + threadIdx.x % 4 * 2, 1));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        all[4 * i + 2 * half] = rows[half] * column.x;
-        all[4 * i + 2 * half + 1] = rows[half] * column.y;
-      }
+    for (int half = 0; half < 2; ++half) {
+      factors[4 * chunk + 2 * half] = scale[half] * column.x;
+      factors[4 * chunk + 2 * half + 1] = scale[half] * column.y;
     }
   }
-};
+}
 
 // Where a warp's 16 rows of a tile's sums belong.
 struct Output {
@@ -555,40 +539,33 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader, int wa
       if constexpr (config.groups == kAlongK) cut(reader.ring, reader.ring.tile(tile), i);
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
+        pin(part);
+        reader.product(part, w, false);
         const Ring slot = reader.ring;
         const int row = warp_row + w * kWaveRows + threadIdx.x % 32 / 4;
         const auto retire = [&] {
           wgmma_wait<0>();
           pin(part);
-        };
-        const auto leave = [&] {
           if (w < kWaves - 1) return;
           release(slot);
           reader.advance();
         };
-        pin(part);
+        // Scales are read while the product runs.
         if constexpr (config.scales == kBlocks) {
           float scale[2][kScalesPerRow];
-          reader.product(part, w, false, [&](int step) {
-            if (step > 0) return;
 #pragma unroll
-            for (int j = 0; j < 2 * kScalesPerRow; ++j) {
-              const int half = j / kScalesPerRow, which = j % kScalesPerRow;
-              scale[half][which] = load_shared(slot.scale(row + half * 8, which));
-            }
-          });
+          for (int j = 0; j < 2 * kScalesPerRow; ++j) {
+            const int half = j / kScalesPerRow, which = j % kScalesPerRow;
+            scale[half][which] = load_shared(slot.scale(row + half * 8, which));
+          }
           retire();
-          leave();
           promote(sum[w], part, scale, boundary);
         } else {
-          Factors factors(slot, row);
-          reader.product(part, w, false, [&](int step) {
-            if (step < kSteps - 1) factors.load(slot, step, kSteps - 1);
-          });
+          Part factors;
+          load_factors(factors, slot, row);
           retire();
-          leave();
 #pragma unroll
-          for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += factors.all[j] * part[j];
+          for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += factors[j] * part[j];
         }
       }
     }
@@ -622,7 +599,7 @@ __forceinline__ void multiply(const Params& p, Reader reader, int warp_row) {
       if constexpr (config.groups == kAlongK) cut(reader.ring, reader.ring.tile(tile), i);
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
-        reader.product(promotes ? part : sum[w], w, !promotes || i % kAddUp > 0, [](int) {});
+        reader.product(promotes ? part : sum[w], w, !promotes || i % kAddUp > 0);
       }
       wgmma_wait<kWaves>();
       if (i > 0) release(before);
@@ -638,10 +615,10 @@ __forceinline__ void multiply(const Params& p, Reader reader, int warp_row) {
     wgmma_wait<0>();
     pin_all();
     if constexpr (promotes) {
-      Factors factors(before, warp_row + threadIdx.x % 32 / 4);
-      factors.load(before, 0, 1);
+      Part factors;
+      load_factors(factors, before, warp_row + threadIdx.x % 32 / 4);
 #pragma unroll
-      for (int j = 0; j < config.block_n / 2; ++j) sum[0][j] *= factors.all[j];
+      for (int j = 0; j < config.block_n / 2; ++j) sum[0][j] *= factors[j];
     }
     release(before);
     finish(p, sum, reader.ring, tile, warp_row);
