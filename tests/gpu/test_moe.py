@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from moe.cases import TOKENS, dense, error, problem, router, value_and_gradients
 from oracles import put
-from processes import finish, free_address, start
+from processes import free_address, start
 
 from deepgemm_jax.moe import Axes, MoEParams, moe_layer
 from deepgemm_jax.moe.exchange import FALLBACK
@@ -104,7 +104,10 @@ def two_processes(strategy: str, flags: str):
 @pytest.mark.parametrize("strategy", ["all_gather", "all_to_all", "ragged_all_to_all"])
 def test_two_processes(strategy):
     flags = f"--{FALLBACK}=true" if strategy == "ragged_all_to_all" else ""
-    assert [finish(process) for process in two_processes(strategy, flags)] == ["close"] * 2
+    for process in two_processes(strategy, flags):
+        output, _ = process.communicate(timeout=300)
+        # It compares by itself. What it says at last may not be its last line: so may a library's.
+        assert process.returncode == 0, output
 
 
 @pytest.mark.multigpu
