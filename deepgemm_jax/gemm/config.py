@@ -312,11 +312,14 @@ def _few_rows(problem: Problem, device: Device) -> Iterator[FewRows]:
             yield deepest
 
 
-def _moved_bytes(problem: Problem) -> int:
+def _row_bytes(problem: Problem) -> int:
+    return math.ceil(problem.k / problem.block_k) * ROW_BYTES
+
+
+def _moved_bytes(problem: Problem) -> float:
     out = 4 if problem.out_float32 else 2
-    row_bytes = math.ceil(problem.k / problem.block_k) * ROW_BYTES
     return problem.batch * (
-        (problem.m + problem.n) * row_bytes
+        (problem.m + problem.n) * _row_bytes(problem)
         + problem.m * problem.n * out * (2 if problem.accumulate else 1)
     )
 
@@ -327,16 +330,18 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     rows = problem.m / (tile.block_m * tile.cluster_m)
     columns = math.ceil(problem.n / (tile.block_n * tile.cluster_n))
     at_once = device.num_sms // cluster
+    moved = _moved_bytes(problem)
     if problem.groups in ("contiguous", "masked"):
         # How many rows a group has is known on the device alone. On average its last tile is half
         # full, and so is the last round.
-        rounds = max(1, problem.batch * max(1, rows + 0.5) * columns / at_once + 0.5)
+        rows = max(1, rows + 0.5)
+        rounds = max(1, problem.batch * rows * columns / at_once + 0.5)
+        moved += AGAIN * (rows - 1) * problem.batch * problem.n * _row_bytes(problem)
     else:
         rounds = math.ceil(problem.batch * math.ceil(rows) * columns / at_once)
     blocks = math.ceil(problem.k / problem.block_k)
     block_us = tile.block_us * FACTORS.get(problem.scales, 1)
     busy_us = rounds * (blocks * block_us + tile.store_us)
-    moved = _moved_bytes(problem)
     memory_us = moved / BYTES_PER_US + min(moved, L2_BYTES) * WRITTEN_BACK_US
     return (LAUNCH_US + max(busy_us, memory_us)) * 1e-6
 
@@ -347,8 +352,8 @@ def _few_rows_seconds(problem: Problem, config: FewRows, device: Device) -> floa
     rows, columns, split = config.block_m, 64 * config.consumers, config.split
     tiles_m, tiles_n = math.ceil(problem.m / rows), math.ceil(problem.n / columns)
     rounds = math.ceil(problem.batch * tiles_m * tiles_n / (config.num_sms(device) // split))
+    b_bytes = problem.batch * problem.n * _row_bytes(problem)
     blocks = math.ceil(problem.k / problem.block_k)
-    b_bytes = problem.batch * problem.n * blocks * ROW_BYTES
     read_us = (_moved_bytes(problem) + AGAIN * (tiles_m - 1) * b_bytes) / B_PER_US
     multiplied = rounds * math.ceil(blocks / split) * (rows + columns) * ROW_BYTES
     multiply_us = multiplied / MULTIPLIED_PER_US[problem.scales]
