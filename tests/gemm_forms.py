@@ -19,7 +19,8 @@ from deepgemm_jax.grouped import op as grouped
 
 M, N, K, GROUPS = 304, 264, 400, 5
 BLOCKS_N, BLOCKS_K = -(-N // 128), -(-K // 128)
-SIZES = np.array([130, 0, 1, 120, 33])  # of groups, of rows or along K; some are left over
+# Of groups, of rows or along K: one is of several tiles and blocks, and some are left over.
+SIZES = np.array([33, 0, 1, 262, 4])
 ENDS = np.cumsum(SIZES)
 
 

@@ -373,7 +373,7 @@ __forceinline__ void release(const Ring& slot) {
   }
 }
 
-// Zeroes what lies outside the group's range of K in the slot of the tile's block i.
+// Zeroes what lies outside the group's range of K in the slot of the tile's first or last block, i.
 __forceinline__ void cut(const Ring& ring, uint32_t tile, int i) {
   const uint4 x = load_shared_quad(tile + 16);
   const int k = (x.y + i) * config.block_k();
@@ -435,6 +435,43 @@ __forceinline__ void load_factors(Part& factors, const Ring& slot, int row) {
       factors[4 * chunk + 2 * half] = scale[half] * column.x;
       factors[4 * chunk + 2 * half + 1] = scale[half] * column.y;
     }
+  }
+}
+
+// Three consumers have no registers for all factors: they are made of the scales of a few columns
+// at a time, which are read while others are in use. `first` are those of the first columns.
+constexpr bool kFactorsAhead = config.consumers < 3;
+
+struct ColumnScales {
+  static constexpr int kFew = 2;  // chunks of eight columns, of which the thread has two each
+  float2 scales[kFew];
+
+  __forceinline__ void load(const Ring& slot, int chunk) {
+#pragma unroll
+    for (int i = 0; i < kFew; ++i) {
+      scales[i] = load_shared_pair(slot.scale(8 * (chunk + i) + threadIdx.x % 4 * 2, 1));
+    }
+  }
+};
+
+__forceinline__ void promote(Part& sum, const Part& part, const float (&scale)[2],
+                             ColumnScales first, const Ring& slot) {
+  ColumnScales next;
+#pragma unroll
+  for (int chunk = 0; chunk < config.block_n / 8; chunk += ColumnScales::kFew) {
+    if (chunk + ColumnScales::kFew < config.block_n / 8) {
+      next.load(slot, chunk + ColumnScales::kFew);
+    }
+#pragma unroll
+    for (int i = 0; i < ColumnScales::kFew; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = 4 * (chunk + i) + 2 * half;
+        sum[at] += scale[half] * (first.scales[i].x * part[at]);
+        sum[at + 1] += scale[half] * (first.scales[i].y * part[at + 1]);
+      }
+    }
+    first = next;
   }
 }
 
@@ -536,7 +573,9 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader, int wa
     const int boundary = 128 - int(uniform(load_shared_int(reader.ring.tile(tile) + 8)) % 128);
     for (int i = 0; i < blocks; ++i) {
       reader.wait();
-      if constexpr (config.groups == kAlongK) cut(reader.ring, reader.ring.tile(tile), i);
+      if (config.groups == kAlongK && (i == 0 || i == blocks - 1)) {
+        cut(reader.ring, reader.ring.tile(tile), i);
+      }
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
         pin(part);
@@ -546,6 +585,8 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader, int wa
         const auto retire = [&] {
           wgmma_wait<0>();
           pin(part);
+        };
+        const auto leave = [&] {
           if (w < kWaves - 1) return;
           release(slot);
           reader.advance();
@@ -559,13 +600,22 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader, int wa
             scale[half][which] = load_shared(slot.scale(row + half * 8, which));
           }
           retire();
+          leave();
           promote(sum[w], part, scale, boundary);
-        } else {
+        } else if constexpr (kFactorsAhead) {
           Part factors;
           load_factors(factors, slot, row);
           retire();
+          leave();
 #pragma unroll
           for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += factors[j] * part[j];
+        } else {
+          const float scale[2] = {load_shared(slot.scale(row)), load_shared(slot.scale(row + 8))};
+          ColumnScales columns;
+          columns.load(slot, 0);
+          retire();
+          promote(sum[w], part, scale, columns, slot);
+          leave();
         }
       }
     }
@@ -596,7 +646,9 @@ __forceinline__ void multiply(const Params& p, Reader reader, int warp_row) {
     pin_all();
     for (int i = 0; i < blocks; ++i) {
       reader.wait();
-      if constexpr (config.groups == kAlongK) cut(reader.ring, reader.ring.tile(tile), i);
+      if (config.groups == kAlongK && (i == 0 || i == blocks - 1)) {
+        cut(reader.ring, reader.ring.tile(tile), i);
+      }
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
         reader.product(promotes ? part : sum[w], w, !promotes || i % kAddUp > 0);
