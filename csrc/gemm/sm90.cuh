@@ -403,6 +403,19 @@ __forceinline__ void cut(const Ring& ring, uint32_t tile, int i) {
   named_barrier(1, config.consumers * 128);
 }
 
+// How many blocks the tile has, which is told with its first slot; 0 at the end.
+__forceinline__ int begin_tile(Reader& reader, int tile) {
+  reader.wait();
+  return uniform(load_shared_int(reader.ring.tile(tile) + 16));
+}
+
+__forceinline__ void begin_block(Reader& reader, int tile, int i, int blocks) {
+  reader.wait();
+  if (config.groups == kAlongK && (i == 0 || i == blocks - 1)) {
+    cut(reader.ring, reader.ring.tile(tile), i);
+  }
+}
+
 // sum += scale * part, with the scales of a row's first and second block of columns, of which the
 // second begins at `boundary`.
 __forceinline__ void promote(Part& sum, const Part& part, const float (&scale)[2][kScalesPerRow],
@@ -567,15 +580,11 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader, int wa
   Sum sum = {};
   Part part;
   for (int tile = 0;; tile = next_tile(tile)) {
-    reader.wait();
-    const int blocks = uniform(load_shared_int(reader.ring.tile(tile) + 16));
+    const int blocks = begin_tile(reader, tile);
     if (blocks == 0) break;
     const int boundary = 128 - int(uniform(load_shared_int(reader.ring.tile(tile) + 8)) % 128);
     for (int i = 0; i < blocks; ++i) {
-      reader.wait();
-      if (config.groups == kAlongK && (i == 0 || i == blocks - 1)) {
-        cut(reader.ring, reader.ring.tile(tile), i);
-      }
+      begin_block(reader, tile, i, blocks);
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
         pin(part);
@@ -639,16 +648,12 @@ __forceinline__ void multiply(const Params& p, Reader reader, int warp_row) {
     if constexpr (promotes) pin(part);
   };
   for (int tile = 0;; tile = next_tile(tile)) {
-    reader.wait();
-    const int blocks = uniform(load_shared_int(reader.ring.tile(tile) + 16));
+    const int blocks = begin_tile(reader, tile);
     if (blocks == 0) break;
     Ring before = reader.ring;
     pin_all();
     for (int i = 0; i < blocks; ++i) {
-      reader.wait();
-      if (config.groups == kAlongK && (i == 0 || i == blocks - 1)) {
-        cut(reader.ring, reader.ring.tile(tile), i);
-      }
+      begin_block(reader, tile, i, blocks);
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
         reader.product(promotes ? part : sum[w], w, !promotes || i % kAddUp > 0);
