@@ -1,0 +1,389 @@
+// The warpgroups of sm90.cuh that multiply, promote and store what is in the ring.
+#pragma once
+
+#include "device/store.cuh"
+#include "device/wgmma.cuh"
+#include "gemm/sm90_ring.cuh"
+
+namespace deepgemm::gemm {
+
+constexpr int kWaveRows = 64;  // of one product
+constexpr int kConsumerRows = config.block_m / config.consumers;
+constexpr int kWaves = kConsumerRows / kWaveRows;  // products, one after the other
+
+using Part = float[config.block_n / 2];
+using Sum = Part[kWaves];
+
+// One consumer's view of the ring.
+struct Reader {
+  Ring ring;
+  int first_row;  // of this consumer in the tile
+  bool ready;
+  uint64_t a, b;
+
+  // What the next block's product needs is looked up before the previous one is promoted, off the
+  // path from one product to the next.
+  __forceinline__ void look_ahead() {
+    constexpr int box = kRowBytes * config.block_k();
+    ready = barrier_test(ring.full(), ring.parity);
+    a = tile_descriptor(ring.a() + first_row * kRowBytes, config.a_mn_major ? box : 0);
+    b = tile_descriptor(ring.b(), config.b_mn_major ? box : 0);
+  }
+
+  __forceinline__ void wait() {
+    if (!ready) barrier_wait(ring.full(), ring.parity);
+    ready = true;
+  }
+
+  __forceinline__ void advance() {
+    ring.advance();
+    look_ahead();
+  }
+
+  // Starts one block's product of a wave's rows.
+  __forceinline__ void product(Part& d, int wave, bool accumulate) const {
+    constexpr int a_step = config.a_mn_major ? 128 : 2, b_step = config.b_mn_major ? 128 : 2;
+    const uint64_t rows = a + wave * (kWaveRows * kRowBytes >> 4);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kRowBytes / 32; ++k) {
+      wgmma<config.block_n, config.a_type, config.b_type, config.a_mn_major, config.b_mn_major>(
+          d, rows + a_step * k, b + b_step * k, accumulate || k);
+    }
+    wgmma_commit();
+  }
+};
+
+__forceinline__ void release(const Ring& slot) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+  if constexpr (config.cluster() == 1) {
+    if (lane == 0) barrier_arrive(slot.empty());
+  } else {
+    if (lane < config.cluster()) barrier_arrive_at(slot.empty(), lane);
+  }
+}
+
+// Zeroes what lies outside the group's range of K in the slot of the tile's first or last block, i.
+__forceinline__ void cut(const Ring& ring, uint32_t tile, int i) {
+  const uint4 x = load_shared_quad(tile + 16);
+  const int k = (x.y + i) * config.block_k();
+  const int first = max(int(x.z) - k, 0), end = min(int(x.w) - k, config.block_k());
+  if (first == 0 && end == config.block_k()) return;
+  const auto cut_operand = [&](uint32_t shared, int rows, bool mn_major) {
+    for (int i = threadIdx.x; i < rows * (kRowBytes / 4); i += config.consumers * 128) {
+      const int row = i / (kRowBytes / 4), word = i % (kRowBytes / 4);
+      uint32_t keep = 0;
+      if (mn_major) {
+        const int k = row % config.block_k();
+        if (k >= first && k < end) continue;
+      } else {
+        for (int byte = 0; byte < 4; ++byte) {
+          const int k = (word * 4 + byte) / config.element_bytes();
+          if (k >= first && k < end) keep |= 0xffu << 8 * byte;
+        }
+        if (keep == 0xffffffff) continue;
+      }
+      const uint32_t at = shared + row * kRowBytes + ((word * 4) ^ (row % 8 * 16));
+      store_shared(at, __uint_as_float(__float_as_uint(load_shared(at)) & keep));
+    }
+  };
+  cut_operand(ring.a(), config.block_m, config.a_mn_major);
+  cut_operand(ring.b(), config.block_n, config.b_mn_major);
+  fence_shared_for_copy_engine();
+  named_barrier(1, config.consumers * 128);
+}
+
+// How many blocks the tile has, which is told with its first slot; 0 at the end.
+__forceinline__ int begin_tile(Reader& reader, int tile) {
+  reader.wait();
+  return uniform(load_shared_int(reader.ring.tile(tile) + 16));
+}
+
+__forceinline__ void begin_block(Reader& reader, int tile, int i, int blocks) {
+  reader.wait();
+  if (config.groups == kAlongK && (i == 0 || i == blocks - 1)) {
+    cut(reader.ring, reader.ring.tile(tile), i);
+  }
+}
+
+// sum += scale * part, with the scales of a row's first and second block of columns, of which the
+// second begins at `boundary`.
+__forceinline__ void promote(Part& sum, const Part& part, const float (&scale)[2][kScalesPerRow],
+                             int boundary) {
+  // Tiles are aligned with so many columns, and so is the boundary.
+  constexpr int aligned = config.block_n & -config.block_n;
+#pragma unroll
+  for (int first = 0; first < config.block_n; first += aligned) {
+    float s[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool second = first >= 128 || first >= aligned && first >= boundary;
+      s[half] = kScalesPerRow == 2 && second ? scale[half][kScalesPerRow - 1] : scale[half][0];
+    }
+#pragma unroll
+    for (int i = first / 2; i < (first + aligned) / 2; ++i) {
+      sum[i] += s[i / 2 % 2] * part[i];
+    }
+  }
+}
+
+// What a thread's elements of a product are multiplied by: the scales of their rows and columns.
+__forceinline__ void load_factors(Part& factors, const Ring& slot, int row) {
+  const float scale[2] = {load_shared(slot.scale(row)), load_shared(slot.scale(row + 8))};
+#pragma unroll
+  for (int chunk = 0; chunk < config.block_n / 8; ++chunk) {
+    const float2 column = load_shared_pair(slot.scale(8 * chunk + threadIdx.x % 4 * 2, 1));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      factors[4 * chunk + 2 * half] = scale[half] * column.x;
+      factors[4 * chunk + 2 * half + 1] = scale[half] * column.y;
+    }
+  }
+}
+
+// Three consumers have no registers for all factors: they are made of the scales of a few columns
+// at a time, which are read while others are in use. `first` are those of the first columns.
+constexpr bool kFactorsAhead = config.consumers < 3;
+
+struct ColumnScales {
+  static constexpr int kFew = 2;  // chunks of eight columns, of which the thread has two each
+  float2 scales[kFew];
+
+  __forceinline__ void load(const Ring& slot, int chunk) {
+#pragma unroll
+    for (int i = 0; i < kFew; ++i) {
+      scales[i] = load_shared_pair(slot.scale(8 * (chunk + i) + threadIdx.x % 4 * 2, 1));
+    }
+  }
+};
+
+__forceinline__ void promote(Part& sum, const Part& part, const float (&scale)[2],
+                             ColumnScales first, const Ring& slot) {
+  ColumnScales next;
+#pragma unroll
+  for (int chunk = 0; chunk < config.block_n / 8; chunk += ColumnScales::kFew) {
+    if (chunk + ColumnScales::kFew < config.block_n / 8) {
+      next.load(slot, chunk + ColumnScales::kFew);
+    }
+#pragma unroll
+    for (int i = 0; i < ColumnScales::kFew; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = 4 * (chunk + i) + 2 * half;
+        sum[at] += scale[half] * (first.scales[i].x * part[at]);
+        sum[at + 1] += scale[half] * (first.scales[i].y * part[at + 1]);
+      }
+    }
+    first = next;
+  }
+}
+
+// Where a warp's 16 rows of a tile's sums belong.
+struct Output {
+  int row, end;  // the first one, and the first that is not the tile's
+  int column, batch;
+
+  __forceinline__ Output(uint32_t tile, int row_in_tile) {
+    const uint4 x = load_shared_quad(tile);
+    row = x.x + row_in_tile;
+    end = x.y;
+    column = x.z;
+    batch = x.w;
+  }
+
+  __forceinline__ long long first(const Params& p) const {
+    return (static_cast<long long>(batch) * p.m + row) * p.n;
+  }
+};
+
+// Writes them straight from registers.
+__forceinline__ void store(const Params& p, const Part& sum, const Output& to, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + half * 8;
+    if (to.row + row >= to.end) continue;
+    const long long first = to.first(p) + static_cast<long long>(row) * p.n;
+    if constexpr (!config.out_float32) {
+      add_row(sum, half, static_cast<unsigned short*>(p.d) + first, to.column, p.n, lane);
+    } else if (p.accumulate) {
+      store_row<true>(sum, half, static_cast<float*>(p.d) + first, to.column, p.n, lane);
+    } else {
+      store_row<false>(sum, half, static_cast<float*>(p.d) + first, to.column, p.n, lane);
+    }
+  }
+}
+
+// Writes a consumer's sums as bfloat16 by way of shared memory. Each warp hands its own rows to the
+// copy engine: nothing outside the warp waits.
+__forceinline__ void store_staged(const Params& p, const Sum& sum, const Ring& ring, uint32_t tile,
+                                  int warp_row) {
+  constexpr int box = config.box_n();
+  // Opaque, lest all addresses are found once for all tiles and kept in registers.
+  int lane = threadIdx.x % 32;
+  asm volatile("" : "+r"(lane));
+  if (lane == 0) tma_store_wait_read();
+  __syncwarp();
+  const auto staged = [&](int w) {
+    return ring.d() + (warp_row + w * kWaveRows) * config.block_n * 2;
+  };
+#pragma unroll
+  for (int w = 0; w < kWaves; ++w) stage_rows<box>(sum[w], staged(w), lane);
+  fence_shared_for_copy_engine();
+  __syncwarp();
+#pragma unroll
+  for (int w = 0; w < kWaves; ++w) {
+    const Output to(tile, warp_row + w * kWaveRows);
+    // The copy engine stops at the end of D, not at that of a group.
+    const int valid = min(to.end - to.row, 16);
+    if (p.copy_engine && (config.groups != kContiguous || valid == 16)) {
+      if (lane != 0) continue;
+      for (int i = 0; i < config.block_n / box; ++i) {
+        tma_store(&p.store, staged(w) + i * 16 * box * 2, to.column + i * box, to.row, to.batch);
+      }
+      tma_store_commit();
+    } else {
+      copy_rows<box>(staged(w), static_cast<unsigned short*>(p.d) + to.first(p) + to.column, valid,
+                     min(config.block_n, p.n - to.column), p.n, lane);
+    }
+  }
+}
+
+// Stores a consumer's sums, and starts them anew.
+__forceinline__ void finish(const Params& p, Sum& sum, const Ring& ring, int tile, int warp_row) {
+  if (!config.out_float32 && !p.accumulate) {
+    store_staged(p, sum, ring, ring.tile(tile), warp_row);
+  } else {
+#pragma unroll
+    for (int w = 0; w < kWaves; ++w) {
+      store(p, sum[w], Output(ring.tile(tile), warp_row + w * kWaveRows), threadIdx.x % 32);
+    }
+  }
+#pragma unroll
+  for (int w = 0; w < kWaves; ++w) {
+#pragma unroll
+    for (int i = 0; i < config.block_n / 2; ++i) sum[w][i] = 0;
+  }
+}
+
+// FP8: each product is promoted.
+__forceinline__ void multiply_and_promote(const Params& p, Reader reader, int warp_row) {
+  Sum sum = {};
+  Part part;
+  for (int tile = 0;; tile = next_tile(tile)) {
+    const int blocks = begin_tile(reader, tile);
+    if (blocks == 0) break;
+    const int boundary = 128 - int(uniform(load_shared_int(reader.ring.tile(tile) + 8)) % 128);
+    for (int i = 0; i < blocks; ++i) {
+      begin_block(reader, tile, i, blocks);
+#pragma unroll
+      for (int w = 0; w < kWaves; ++w) {
+        pin(part);
+        reader.product(part, w, false);
+        const Ring slot = reader.ring;
+        const int row = warp_row + w * kWaveRows + threadIdx.x % 32 / 4;
+        const auto retire = [&] {
+          wgmma_wait<0>();
+          pin(part);
+        };
+        const auto leave = [&] {
+          if (w < kWaves - 1) return;
+          release(slot);
+          reader.advance();
+        };
+        // Scales are read while the product runs.
+        if constexpr (config.scales == kBlocks) {
+          float scale[2][kScalesPerRow];
+#pragma unroll
+          for (int j = 0; j < 2 * kScalesPerRow; ++j) {
+            const int half = j / kScalesPerRow, which = j % kScalesPerRow;
+            scale[half][which] = load_shared(slot.scale(row + half * 8, which));
+          }
+          retire();
+          leave();
+          promote(sum[w], part, scale, boundary);
+        } else if constexpr (kFactorsAhead) {
+          Part factors;
+          load_factors(factors, slot, row);
+          retire();
+          leave();
+#pragma unroll
+          for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += factors[j] * part[j];
+        } else {
+          const float scale[2] = {load_shared(slot.scale(row)), load_shared(slot.scale(row + 8))};
+          ColumnScales columns;
+          columns.load(slot, 0);
+          retire();
+          promote(sum[w], part, scale, columns, slot);
+          leave();
+        }
+      }
+    }
+    finish(p, sum, reader.ring, tile, warp_row);
+  }
+}
+
+// Without scales of blocks: a block's product runs while the one before it retires. Those of
+// bfloat16 add up in `sum`; of FP8 so many add up before they are promoted, and the sum is scaled
+// at last.
+constexpr int kAddUp = 4;
+
+__forceinline__ void multiply(const Params& p, Reader reader, int warp_row) {
+  constexpr bool promotes = config.scales == kRows;
+  static_assert(!promotes || kWaves == 1);
+  Sum sum = {};
+  Part part;
+  const auto pin_all = [&] {
+#pragma unroll
+    for (int w = 0; w < kWaves; ++w) pin(sum[w]);
+    if constexpr (promotes) pin(part);
+  };
+  for (int tile = 0;; tile = next_tile(tile)) {
+    const int blocks = begin_tile(reader, tile);
+    if (blocks == 0) break;
+    Ring before = reader.ring;
+    pin_all();
+    for (int i = 0; i < blocks; ++i) {
+      begin_block(reader, tile, i, blocks);
+#pragma unroll
+      for (int w = 0; w < kWaves; ++w) {
+        reader.product(promotes ? part : sum[w], w, !promotes || i % kAddUp > 0);
+      }
+      wgmma_wait<kWaves>();
+      if (i > 0) release(before);
+      before = reader.ring;
+      reader.advance();
+      if (promotes && (i % kAddUp == kAddUp - 1 || i == blocks - 1)) {
+        wgmma_wait<0>();
+        pin_all();
+#pragma unroll
+        for (int j = 0; j < config.block_n / 2; ++j) sum[0][j] += part[j];
+      }
+    }
+    wgmma_wait<0>();
+    pin_all();
+    if constexpr (promotes) {
+      Part factors;
+      load_factors(factors, before, warp_row + threadIdx.x % 32 / 4);
+#pragma unroll
+      for (int j = 0; j < config.block_n / 2; ++j) sum[0][j] *= factors[j];
+    }
+    release(before);
+    finish(p, sum, reader.ring, tile, warp_row);
+  }
+}
+
+__forceinline__ void consume(const Params& p, Ring ring, int consumer) {
+  Reader reader{ring, consumer * kConsumerRows};
+  reader.look_ahead();
+  const int warp_row = reader.first_row + threadIdx.x % 128 / 32 * 16;
+  if constexpr (config.scales == kNoScales || config.scales == kRows) {
+    multiply(p, reader, warp_row);
+  } else {
+    multiply_and_promote(p, reader, warp_row);
+  }
+  // Shared memory outlives what the copy engine still reads of it.
+  if (threadIdx.x % 32 == 0) tma_store_wait_read();
+}
+
+}  // namespace deepgemm::gemm

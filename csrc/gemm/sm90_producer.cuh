@@ -1,0 +1,155 @@
+// The warps of sm90.cuh that fill the ring: the copy thread, and the scale warps.
+#pragma once
+
+#include "gemm/sm90_ring.cuh"
+
+namespace deepgemm::gemm {
+
+// Rows `row` on of an operand, a block along K.
+template <bool mn_major, int rows, int peers>
+__forceinline__ void load(uint32_t shared, const TensorMap& map, uint32_t barrier, int kb, int row,
+                          int batch, unsigned short peer_mask) {
+  const int k = kb * config.block_k();
+  if constexpr (mn_major) {
+    constexpr int box = kRowBytes / config.element_bytes();
+#pragma unroll
+    for (int i = 0; i < rows; i += box) {
+      tma_load<peers>(shared + i * kRowBytes, &map, barrier, row + i, k, batch, peer_mask);
+    }
+  } else {
+    tma_load<peers>(shared, &map, barrier, k, row, batch, peer_mask);
+  }
+}
+
+// What the consumers are told of a tile, before its first slot is full. One without blocks, in a
+// slot without data, is the end.
+__forceinline__ void announce(uint32_t shared, const Tiles& tile) {
+  store_shared_quad(shared, make_uint4(tile.m0, tile.m_end, tile.n0, tile.d_batch));
+  const int first_block = tile.first_block();
+  store_shared_quad(shared + 16,
+                    make_uint4(tile.last_block() - first_block, first_block, tile.k0, tile.k_end));
+}
+
+__forceinline__ void copy_tiles(const Params& p, Ring ring) {
+  Tiles tile(p);
+  // CTAs that share a tile load one part each and broadcast it.
+  constexpr int a_rows = config.block_m / config.cluster_n;
+  constexpr int b_rows = config.block_n / config.cluster_m;
+  const int a_part = tile.n_rank * a_rows, b_part = tile.m_rank * b_rows;
+  unsigned short a_peers = 0, b_peers = 0;
+  for (int i = 0; i < config.cluster_n; ++i) a_peers |= 1 << (tile.m_rank + i * config.cluster_m);
+  for (int i = 0; i < config.cluster_m; ++i) b_peers |= 1 << (i + tile.n_rank * config.cluster_m);
+  int number = 0;
+  for (; !tile.done; tile.next(), number = next_tile(number)) {
+    const int last_block = tile.last_block();
+    for (int kb = tile.first_block(); kb < last_block; ++kb, ring.advance()) {
+      barrier_wait(ring.empty(), ring.parity ^ 1);
+      if (kb == tile.first_block()) announce(ring.tile(number), tile);
+      barrier_arrive_expect(ring.full(), config.a_bytes() + config.b_bytes());
+      load<config.a_mn_major, a_rows, config.cluster_n>(ring.a() + a_part * kRowBytes, p.a,
+                                                        ring.full(), kb, tile.m0 + a_part,
+                                                        tile.a_batch, a_peers);
+      load<config.b_mn_major, b_rows, config.cluster_m>(ring.b() + b_part * kRowBytes, p.b,
+                                                        ring.full(), kb, tile.n0 + b_part,
+                                                        tile.b_batch, b_peers);
+    }
+  }
+  barrier_wait(ring.empty(), ring.parity ^ 1);
+  store_shared_quad(ring.tile(number) + 16, make_uint4(0, 0, 0, 0));
+  barrier_arrive(ring.full());
+}
+
+// What one lane of the scale warps brings of each block of K.
+struct LaneScales {
+  static constexpr int kStride = 32 * (kScaleWarps ? kScaleWarps : 1);
+  static constexpr int kA = config.block_m / kStride;
+  static constexpr int kB = config.scales == kBlocks ? kScalesPerRow : config.block_n / kStride;
+
+  const Params& p;
+  const float *a, *b;  // the lane's first scale of A and of B, in the first block of K
+  int a_rows, b_rows;  // how many rows there are from there on
+  int last_block;
+
+  struct Block {
+    float a[kA], b[kB];
+  };
+
+  __forceinline__ LaneScales(const Params& p, const Tiles& tile, int lane)
+      : p(p), last_block(min(tile.last_block(), p.blocks_k) - 1) {
+    const long long blocks_k = config.scales == kRows ? 1 : p.blocks_k;
+    a = p.a_scale + tile.a_batch * blocks_k * p.m + tile.m0 + lane;
+    a_rows = p.m - tile.m0 - lane;
+    if constexpr (config.scales == kBlocks) {
+      const int block = min(tile.n0 / 128, p.blocks_n - 1);
+      b = p.b_scale + (tile.b_batch * p.blocks_n + block) * blocks_k;
+      b_rows = p.blocks_n - block;
+    } else {
+      b = p.b_scale + tile.b_batch * blocks_k * p.n + tile.n0 + lane;
+      b_rows = p.n - tile.n0 - lane;
+    }
+    if (tile.empty()) a_rows = b_rows = 0;
+  }
+
+  __forceinline__ void load(Block& x, int kb) const {
+    kb = config.scales == kRows ? 0 : min(kb, last_block);
+    const float* a_block = a + static_cast<long long>(kb) * p.m;
+#pragma unroll
+    for (int j = 0; j < kA; ++j) x.a[j] = j * kStride < a_rows ? __ldg(a_block + j * kStride) : 0;
+    if constexpr (config.scales == kBlocks) {
+#pragma unroll
+      for (int j = 0; j < kB; ++j) {
+        x.b[j] = b_rows > 0 ? __ldg(b + (j < b_rows ? j * p.blocks_k : 0) + kb) : 0;
+      }
+    } else {
+      const float* b_block = b + static_cast<long long>(kb) * p.n;
+#pragma unroll
+      for (int j = 0; j < kB; ++j) x.b[j] = j * kStride < b_rows ? __ldg(b_block + j * kStride) : 0;
+    }
+  }
+
+  // Multiplies, if it can, where nobody waits: then a consumer has a single factor a row.
+  static __forceinline__ void store(const Block& x, const Ring& ring, int lane) {
+#pragma unroll
+    for (int j = 0; j < kA; ++j) {
+      const int row = lane + j * kStride;
+      if constexpr (config.scales == kBlocks) {
+#pragma unroll
+        for (int i = 0; i < kB; ++i) store_shared(ring.scale(row, i), x.a[j] * x.b[i]);
+      } else {
+        store_shared(ring.scale(row), x.a[j]);
+      }
+    }
+    if constexpr (config.scales != kBlocks) {
+#pragma unroll
+      for (int j = 0; j < kB; ++j) store_shared(ring.scale(lane + j * kStride, 1), x.b[j]);
+    }
+  }
+};
+
+__forceinline__ void copy_scales(const Params& p, Ring ring, int lane) {
+  // So many blocks' loads are in flight, or their latency would set the pace.
+  constexpr int ahead = config.scales == kBlocks ? 4 : config.scales == kChannels ? 2 : 1;
+  for (Tiles tile(p); !tile.done; tile.next()) {
+    const LaneScales scales(p, tile, lane);
+    const int first_block = tile.first_block(), last_block = tile.last_block();
+    LaneScales::Block blocks[ahead];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) scales.load(blocks[i], first_block + i);
+    for (int kb = first_block; kb < last_block; kb += ahead) {
+#pragma unroll
+      for (int i = 0; i < ahead; ++i) {
+        if (kb + i == last_block) break;
+        barrier_wait(ring.empty(), ring.parity ^ 1);
+        scales.store(blocks[i], ring, lane);
+        if (config.scales != kRows) scales.load(blocks[i], kb + i + ahead);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
+        ring.advance();
+      }
+    }
+  }
+  barrier_wait(ring.empty(), ring.parity ^ 1);
+  if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
+}
+
+}  // namespace deepgemm::gemm

@@ -1,0 +1,145 @@
+// What all roles of sm90.cuh share: the ring in shared memory, and the walk over tiles.
+#pragma once
+
+#include "device/ptx.cuh"
+#include "device/scheduler.cuh"
+#include "gemm/config.h"
+
+namespace deepgemm::gemm {
+
+constexpr Config config{CONFIG};
+
+constexpr int kScalesPerRow = config.scales_per_row();
+constexpr int kScaleWarps = config.scale_bytes() ? 2 : 0;
+
+// Where things are in shared memory: slots of A, of B, D on its way out, slots of scales, barriers.
+// A position in the ring is a slot, and the parity of how often the ring has gone round.
+struct Ring {
+  uint32_t memory;
+  int slot = 0;
+  uint32_t parity = 0;
+
+  static constexpr int kB = config.stages * config.a_bytes();
+  static constexpr int kD = kB + config.stages * config.b_bytes();
+  static constexpr int kScales = kD + config.d_bytes();
+  static constexpr int kTiles = kScales + config.stages * config.scale_bytes();
+  static constexpr int kFull = kTiles + config.tiles() * kTileBytes;
+  static constexpr int kEmpty = kFull + config.stages * 8;
+
+  uint32_t a() const { return memory + slot * config.a_bytes(); }
+  uint32_t b() const { return memory + kB + slot * config.b_bytes(); }
+  uint32_t d() const { return memory + kD; }
+  // kBlocks: of a row, with the first or second block of columns. Others: of A's rows, then B's.
+  uint32_t scale(int row, int which = 0) const {
+    return memory + kScales + slot * config.scale_bytes() + (which * config.block_m + row) * 4;
+  }
+  // Of a tile, counted round and round.
+  uint32_t tile(int number) const { return memory + kTiles + number * kTileBytes; }
+  uint32_t full() const { return memory + kFull + slot * 8; }
+  uint32_t empty() const { return memory + kEmpty + slot * 8; }
+
+  __forceinline__ void advance() {
+    if (++slot == config.stages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+__forceinline__ int next_tile(int number) { return number + 1 == config.tiles() ? 0 : number + 1; }
+
+// The tiles of this CTA, one after the other.
+struct Tiles {
+  const Params& p;
+  int index;           // among the clusters' tiles, of the group if there are groups
+  int number = 0;      // of the group
+  int m_rank, n_rank;  // this CTA's place in its cluster
+  int m0, n0;          // the tile's first element
+  int m_end;           // first row that is not the tile's to write
+  int k0, k_end;       // elements along K
+  int a_batch, b_batch, d_batch;
+  bool done;
+
+  __forceinline__ explicit Tiles(const Params& p) : p(p), index(blockIdx.x / config.cluster()) {
+    const int rank = config.cluster() == 1 ? 0 : cluster_rank();
+    m_rank = rank % config.cluster_m;
+    n_rank = rank / config.cluster_m;
+    locate();
+  }
+
+  __forceinline__ void locate() {
+    k0 = k_end = 0;
+    m_end = p.m;
+    TileOrder order = p.order;
+    if constexpr (config.groups == kDense) {
+      done = index >= order.count();
+      if (done) return;
+      const Tile t = order(index);
+      k_end = p.k;
+      a_batch = b_batch = d_batch = t.batch;
+      place(0, t);
+    } else {
+      Span span;
+      for (;; index -= order.count(), ++number) {
+        done = !next_span(span);
+        if (done) return;
+        if constexpr (config.groups != kAlongK) {
+          order.rows = ceil_div(span.end - span.start, config.block_m * config.cluster_m);
+        }
+        if (index < order.count()) break;
+      }
+      if constexpr (config.groups == kAlongK) {
+        k0 = span.start;
+        k_end = span.end;
+        span.start = 0;
+      } else {
+        k0 = span.group < 0 ? p.blocks_k * config.block_k() : 0;
+        k_end = p.k;
+        span.group = max(span.group, 0);
+        if constexpr (config.groups == kContiguous) m_end = span.end;
+      }
+      a_batch = config.groups == kMasked ? number : 0;
+      b_batch = config.groups == kAlongK ? 0 : span.group;
+      d_batch = config.groups == kContiguous ? 0 : number;
+      place(span.start, order(index));
+    }
+  }
+
+  __forceinline__ bool next_span(Span& span) const {
+    if constexpr (config.groups == kContiguous) {
+      const int4 x = __ldg(reinterpret_cast<const int4*>(p.spans) + number);
+      span = {x.x, x.y, x.z};
+      return span.start < p.m;
+    } else {
+      if (number == p.num_groups) return false;
+      if constexpr (config.groups == kMasked) {
+        span = {0, min(__ldg(p.sizes + number), p.m), number};
+      } else {
+        span.start = max(__ldg(p.starts + number), 0);
+        span.end = max(min(__ldg(p.ends + number), p.k), span.start);
+        span.group = number;
+      }
+      return true;
+    }
+  }
+
+  __forceinline__ void place(int first_row, Tile t) {
+    m0 = first_row + (t.m * config.cluster_m + m_rank) * config.block_m;
+    n0 = (t.n * config.cluster_n + n_rank) * config.block_n;
+  }
+
+  __forceinline__ void next() {
+    index += gridDim.x / config.cluster();
+    locate();
+  }
+
+  // Blocks of K, counted from K's beginning wherever the group's is. There is one at least: where
+  // nothing is to be added up, of zeros, which lie behind K's end or are cut out.
+  __forceinline__ bool empty() const { return k_end <= k0; }
+  __forceinline__ int first_block() const { return k0 / config.block_k(); }
+  __forceinline__ int last_block() const {
+    return empty() ? first_block() + 1 : ceil_div(k_end, config.block_k());
+  }
+};
+
+}  // namespace deepgemm::gemm
