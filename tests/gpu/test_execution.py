@@ -154,12 +154,16 @@ def test_memory_is_as_before_after_a_thousand_calls():
         # The driver's memory too: what kernels and graphs take is not in JAX's count.
         return device.memory_stats()["bytes_in_use"], free_bytes()
 
+    def unchanged():
+        before = used()
+        for _ in range(1000):
+            gemm(*operands).block_until_ready()
+        return used() == before
+
     for _ in range(10):
         used()
-    before = used()
-    for _ in range(1000):
-        gemm(*operands).block_until_ready()
-    assert used() == before
+    # Other programs on the GPU may take memory meanwhile, but hardly each time.
+    assert any(unchanged() for _ in range(5))
 
 
 def free_bytes() -> int:
