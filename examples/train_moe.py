@@ -2,7 +2,8 @@
 
 Mixture-of-experts layers with a shared expert, top-4 routing by sigmoid scores, and balanced loads
 without an auxiliary loss: a bias on the scores, which no gradient sees, follows the loads. All of
-the layers' matrix products, forward and backward, are the package's. The text is generated.
+the layers' matrix products, forward and backward, are the package's. The model is a module of
+flax.nnx, optax trains it, and the text is generated.
 
     python examples/train_moe.py                 on a GPU, in half a minute
     python examples/train_moe.py --size small    on a CPU, in ten minutes
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from deepgemm_jax import fp8_dot, grouped_mlp
 
@@ -80,29 +82,6 @@ def batches(config: Config, seed: int = 0) -> np.ndarray:
     return text[first + np.arange(config.length + 1)]
 
 
-def init(config: Config, key) -> dict:
-    """float32 parameters; those of the layers have a first dim for the layers."""
-    width, inner = config.width, config.expert_width
-    shapes = {
-        "qkv": (width, 3 * width),
-        "out": (width, width),
-        "router": (width, config.experts),
-        "gate_up": (config.experts, width, 2 * inner),
-        "down": (config.experts, inner, width),
-        "shared_gate_up": (1, width, 2 * inner),
-        "shared_down": (1, inner, width),
-    }
-    keys = iter(jax.random.split(key, len(shapes) + 2))
-
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape) * shape[-2] ** -0.5
-
-    layers = {name: normal(config.layers, *shape) for name, shape in shapes.items()}
-    layers |= {name: jnp.ones((config.layers, width)) for name in ("norm_attention", "norm_mlp")}
-    embedding = normal(VOCABULARY, width) * VOCABULARY**0.5
-    return {"embedding": embedding, "head": normal(width, VOCABULARY), "layers": layers}
-
-
 def norm(x, scale=1.0):
     wide = x.astype(jnp.float32)
     wide *= jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)
@@ -118,84 +97,117 @@ def rotate(x):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def attention(config, recipe, x, p):
-    qkv = fp8_dot(x, p["qkv"], recipe=recipe)
-    q, k, v = jnp.split(qkv.reshape(*x.shape[:-1], 3 * config.heads, -1), 3, axis=2)
-    y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-    return fp8_dot(y.reshape(x.shape), p["out"], recipe=recipe)
+class Bias(nnx.Variable):
+    """Of the experts' scores: it follows the loads, and no gradient sees it."""
 
 
-def mixture(config, recipe, x, p, bias):
-    """The experts' sum for each row of x, and how many rows each expert had."""
-    rows, k = x.shape[0], config.top_k
-    scores = jax.nn.sigmoid(x.astype(jnp.float32) @ p["router"])
-    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores) + bias, k)
-    weights = jnp.take_along_axis(scores, chosen, axis=1)
-    weights /= weights.sum(1, keepdims=True)
+class Model(nnx.Module):
+    """Parameters are float32; those of the layers have a first dim for the layers."""
 
-    # Each row k times, in the order of the experts, and back.
-    order = jnp.argsort(chosen.reshape(-1))
-    load = jnp.bincount(chosen.reshape(-1), length=config.experts)
-    take = functools.partial(jnp.take, axis=0, unique_indices=True, mode="clip")
-    y = grouped_mlp(
-        take(jnp.repeat(x, k, axis=0), order),
-        p["gate_up"],
-        p["down"],
-        load,
-        take(weights.reshape(-1), order),
-        recipe=recipe,
-    )
-    y = take(y, jnp.argsort(order)).reshape(rows, k, -1).sum(1)
-    shared = grouped_mlp(x, p["shared_gate_up"], p["shared_down"], jnp.array([rows]), recipe=recipe)
-    return y + shared, load
+    def __init__(self, config: Config, recipe: str, key: jax.Array):
+        self.config, self.recipe = config, recipe
+        width, inner = config.width, config.expert_width
+        shapes = {
+            "qkv": (width, 3 * width),
+            "out": (width, width),
+            "router": (width, config.experts),
+            "gate_up": (config.experts, width, 2 * inner),
+            "down": (config.experts, inner, width),
+            "shared_gate_up": (1, width, 2 * inner),
+            "shared_down": (1, inner, width),
+        }
+        keys = iter(jax.random.split(key, len(shapes) + 2))
+
+        def normal(*shape):
+            return jax.random.normal(next(keys), shape) * shape[-2] ** -0.5
+
+        layers = {name: normal(config.layers, *shape) for name, shape in shapes.items()}
+        layers |= {
+            name: jnp.ones((config.layers, width)) for name in ("norm_attention", "norm_mlp")
+        }
+        self.layers = nnx.Dict({name: nnx.Param(x) for name, x in layers.items()})
+        self.embedding = nnx.Param(normal(VOCABULARY, width) * VOCABULARY**0.5)
+        self.head = nnx.Param(normal(width, VOCABULARY))
+        self.biases = Bias(jnp.zeros((config.layers, config.experts)))
+
+    def attention(self, x, p):
+        qkv = fp8_dot(x, p["qkv"], recipe=self.recipe)
+        q, k, v = jnp.split(qkv.reshape(*x.shape[:-1], 3 * self.config.heads, -1), 3, axis=2)
+        y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        return fp8_dot(y.reshape(x.shape), p["out"], recipe=self.recipe)
+
+    def mixture(self, x, p, bias):
+        """The experts' sum for each row of x, and how many rows each expert had."""
+        rows, k = x.shape[0], self.config.top_k
+        scores = jax.nn.sigmoid(x.astype(jnp.float32) @ p["router"])
+        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores) + bias, k)
+        weights = jnp.take_along_axis(scores, chosen, axis=1)
+        weights /= weights.sum(1, keepdims=True)
+
+        # Each row k times, in the order of the experts, and back.
+        order = jnp.argsort(chosen.reshape(-1))
+        load = jnp.bincount(chosen.reshape(-1), length=self.config.experts)
+        take = functools.partial(jnp.take, axis=0, unique_indices=True, mode="clip")
+        y = grouped_mlp(
+            take(jnp.repeat(x, k, axis=0), order),
+            p["gate_up"],
+            p["down"],
+            load,
+            take(weights.reshape(-1), order),
+            recipe=self.recipe,
+        )
+        y = take(y, jnp.argsort(order)).reshape(rows, k, -1).sum(1)
+        shared = p["shared_gate_up"], p["shared_down"]
+        return y + grouped_mlp(x, *shared, jnp.array([rows]), recipe=self.recipe), load
+
+    def __call__(self, tokens):
+        """Logits of the bytes that follow, and each layer's loads."""
+
+        def layer(x, parameters):
+            p, bias = parameters
+            x = x + self.attention(norm(x, p["norm_attention"]), p)
+            rows = norm(x, p["norm_mlp"]).reshape(-1, self.config.width)
+            y, load = self.mixture(rows, p, bias)
+            return x + y.reshape(x.shape), load
+
+        # As a product, whose gradient is one too: that of a gather adds up rows one after another.
+        rows = jax.nn.one_hot(tokens, VOCABULARY, dtype=jnp.bfloat16)
+        x = rows @ self.embedding.get_value().astype(jnp.bfloat16)
+        # Nothing of a layer is kept but its input, as in a model that fills the memory.
+        layers = {name: x.get_value() for name, x in self.layers.items()}
+        of_layers = layers, self.biases.get_value()
+        x, loads = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, of_layers)
+        return norm(x).astype(jnp.float32) @ self.head.get_value(), loads
+
+    def balance(self, loads):
+        change = jnp.sign(loads.mean(1, keepdims=True) - loads)
+        self.biases.set_value(self.biases.get_value() + self.config.bias_rate * change)
 
 
-def loss_and_loads(config, recipe, parameters, biases, tokens):
-    def layer(x, parameters):
-        p, bias = parameters
-        x = x + attention(config, recipe, norm(x, p["norm_attention"]), p)
-        rows = norm(x, p["norm_mlp"]).reshape(-1, config.width)
-        y, load = mixture(config, recipe, rows, p, bias)
-        return x + y.reshape(x.shape), load
+@nnx.jit
+def step(model: Model, optimizer: nnx.Optimizer, tokens):
+    def loss_and_loads(model):
+        logits, loads = model(tokens[:, :-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return losses.mean(), loads
 
-    # As a product, whose gradient is one too: that of a gather adds up rows one after another.
-    rows = jax.nn.one_hot(tokens[:, :-1], VOCABULARY, dtype=jnp.bfloat16)
-    x = rows @ parameters["embedding"].astype(jnp.bfloat16)
-    # Nothing of a layer is kept but its input, as in a model that fills the memory.
-    layers = parameters["layers"], biases
-    x, loads = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, layers)
-    logits = norm(x).astype(jnp.float32) @ parameters["head"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return losses.mean(), loads
+    (loss, loads), gradients = nnx.value_and_grad(loss_and_loads, has_aux=True)(model)
+    optimizer.update(model, gradients)
+    model.balance(loads)
+    return loss, loads
 
 
 def train(config: Config, recipe: str, seed: int = 0, verbose: bool = True) -> dict:
     """The loss of each step, the seconds of one, and how uneven the experts' loads are at last."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            optax.warmup_cosine_decay_schedule(
-                0, config.rate, max(1, config.steps // 10), config.steps, config.rate / 10
-            )
-        ),
+    model = Model(config, recipe, jax.random.key(seed))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, config.rate, max(1, config.steps // 10), config.steps, config.rate / 10
     )
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(parameters, state, biases, tokens):
-        gradient = jax.value_and_grad(
-            functools.partial(loss_and_loads, config, recipe), has_aux=True
-        )
-        (loss, loads), gradients = gradient(parameters, biases, tokens.astype(jnp.int32))
-        updates, state = optimizer.update(gradients, state, parameters)
-        biases += config.bias_rate * jnp.sign(loads.mean(1, keepdims=True) - loads)
-        return optax.apply_updates(parameters, updates), state, biases, loss, loads
-
-    parameters = init(config, jax.random.key(seed))
-    state = optimizer.init(parameters)
-    biases = jnp.zeros((config.layers, config.experts))
+    rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    optimizer = nnx.Optimizer(model, rule, wrt=nnx.Param)
     losses, start = [], time.perf_counter()
     for number, tokens in enumerate(batches(config, seed)):
-        parameters, state, biases, loss, loads = step(parameters, state, biases, tokens)
+        loss, loads = step(model, optimizer, tokens.astype(np.int32))
         losses.append(loss)
         if number == 0:  # which compiles
             jax.block_until_ready(loss)

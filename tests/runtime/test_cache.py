@@ -15,6 +15,7 @@ from deepgemm_jax.attention import config as attention
 from deepgemm_jax.gemm import config as gemm
 from deepgemm_jax.layout import config as layout
 from deepgemm_jax.quantize import config as quantize
+from deepgemm_jax.training import op as training
 
 DEVICE = cuda_device()
 SHAPES = [(1, 576, 7168), (128, 7168, 2048), (4096, 4096, 4096)]
@@ -97,6 +98,7 @@ def test_warmup_compiles_every_variant(cache, monkeypatch):
     casts = {quantize.ROWS: quantize.variants()[quantize.ROWS][:1]}
     monkeypatch.setattr(quantize, "variants", lambda: casts)
     count = len(some) + len(attention.TOPK_VARIANTS) + len(layout.variants()) + 1
+    count += len(training.variants())
     assert deepgemm_jax.warmup(jobs=2) == count
     assert deepgemm_jax.cache_info().entries == count
     assert deepgemm_jax.warmup() == 0
