@@ -30,6 +30,13 @@ struct Reader {
     b = tile_descriptor(ring.b(), config.b_mn_major ? box : 0);
   }
 
+  // This warp's first row in the tile: found anew each time, lest a register holds it.
+  __forceinline__ int warp_row() const {
+    int thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));
+    return first_row + thread % 128 / 32 * 16;
+  }
+
   __forceinline__ void wait() {
     if (!ready) barrier_wait(ring.full(), ring.parity);
     ready = true;
@@ -267,7 +274,8 @@ __forceinline__ void finish(const Params& p, Sum& sum, const Ring& ring, int til
 }
 
 // FP8: each product is promoted.
-__forceinline__ void multiply_and_promote(const Params& p, Reader reader, int warp_row) {
+__forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
+  const int warp_row = reader.first_row + threadIdx.x % 128 / 32 * 16;
   Sum sum = {};
   Part part;
   for (int tile = 0;; tile = next_tile(tile)) {
@@ -328,7 +336,7 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader, int wa
 // at last.
 constexpr int kAddUp = 4;
 
-__forceinline__ void multiply(const Params& p, Reader reader, int warp_row) {
+__forceinline__ void multiply(const Params& p, Reader reader) {
   constexpr bool promotes = config.scales == kRows;
   static_assert(!promotes || kWaves == 1);
   Sum sum = {};
@@ -362,6 +370,7 @@ __forceinline__ void multiply(const Params& p, Reader reader, int warp_row) {
     }
     wgmma_wait<0>();
     pin_all();
+    const int warp_row = reader.warp_row();
     if constexpr (promotes) {
       Part factors;
       load_factors(factors, before, warp_row + threadIdx.x % 32 / 4);
@@ -376,11 +385,10 @@ __forceinline__ void multiply(const Params& p, Reader reader, int warp_row) {
 __forceinline__ void consume(const Params& p, Ring ring, int consumer) {
   Reader reader{ring, consumer * kConsumerRows};
   reader.look_ahead();
-  const int warp_row = reader.first_row + threadIdx.x % 128 / 32 * 16;
   if constexpr (config.scales == kNoScales || config.scales == kRows) {
-    multiply(p, reader, warp_row);
+    multiply(p, reader);
   } else {
-    multiply_and_promote(p, reader, warp_row);
+    multiply_and_promote(p, reader);
   }
   // Shared memory outlives what the copy engine still reads of it.
   if (threadIdx.x % 32 == 0) tma_store_wait_read();
