@@ -293,13 +293,7 @@ def _configs(problem: Problem, device: Device) -> Iterator[tuple[Tile, Config]]:
 
 
 def _few_rows(problem: Problem, device: Device) -> Iterator[FewRows]:
-    if (
-        problem.m > max(block_m for block_m, *_ in FEW_ROWS)
-        or problem.scales not in MULTIPLIED_PER_US
-        or problem.groups != "dense"
-        or problem.a_mn_major
-        or problem.b_mn_major
-    ):
+    if problem.m > max(block_m for block_m, *_ in FEW_ROWS):
         return
     fields = {field.name for field in dataclasses.fields(FewRows)}
     form = {name: value for name, value in problem.variant.items() if name in fields}
