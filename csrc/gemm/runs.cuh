@@ -1,8 +1,8 @@
 // spans[i] = the i-th run of rows of one group, for the id of each row's group; behind the last one
 // a span that starts at m.
 //
-// One CTA. Each warp takes a stretch of rows: it counts the runs that start there, learns how many
-// start before, and goes over its rows once more to write them.
+// One CTA. Each warp takes a stretch of rows and has all of their ids under way at once. It marks
+// where runs start, learns how many start before its own, and writes them.
 #pragma once
 
 #include "device/ptx.cuh"
@@ -11,23 +11,8 @@
 namespace deepgemm::gemm {
 
 constexpr int kWarps = kRunsThreads / 32;
-
-// Calls `visit(row, id, mask)` for rows of the stretch in steps of a warp; `mask` tells whose
-// lanes' rows start a run.
-template <class Visit>
-__forceinline__ void stretch(const int* ids, int m, int groups, int first, int end, Visit visit) {
-  const int lane = threadIdx.x % 32;
-  const auto id_of = [&](int row) {
-    const int id = __ldg(ids + row);
-    return id >= 0 && id < groups ? id : -1;
-  };
-#pragma unroll 4
-  for (int row = first + lane; row - lane < end; row += 32) {
-    const int id = row < end ? id_of(row) : -1;
-    const bool starts = row < end && (row == 0 || id_of(row - 1) != id);
-    visit(row, id, __ballot_sync(0xffffffff, starts));
-  }
-}
+constexpr int kSteps = 32;  // of a warp through its stretch: a lane's marks are the bits of a word
+constexpr int kStretch = 32 * kSteps;
 
 extern "C" __global__ void __launch_bounds__(kRunsThreads)
     kernel(const int* ids, int m, int groups, Span* spans) {
@@ -35,26 +20,49 @@ extern "C" __global__ void __launch_bounds__(kRunsThreads)
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int rows = ceil_div(m, kWarps);
-  const int first = min(warp * rows, m), end = min(first + rows, m);
-
-  int count = 0;
-  stretch(ids, m, groups, first, end, [&](int, int, uint32_t mask) { count += __popc(mask); });
-  if (lane == 0) counts[warp] = count;
-  __syncthreads();
+  const auto id_of = [&](int row) {
+    const int id = __ldg(ids + row);
+    return id >= 0 && id < groups ? id : -1;
+  };
 
   int before = 0;
-  for (int i = 0; i < warp; ++i) before += counts[i];
-  stretch(ids, m, groups, first, end, [&](int row, int id, uint32_t mask) {
-    if (mask >> lane & 1) {
-      const int i = before + __popc(mask & (1u << lane) - 1);
-      spans[i].start = row;
-      spans[i].group = id;
-      if (i > 0) spans[i - 1].end = row;
+  for (int chunk = 0; chunk < m; chunk += kWarps * kStretch) {
+    const int first = chunk + warp * kStretch;
+    int id[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) id[i] = id_of(min(first + 32 * i + lane, m - 1));
+    int last = first > 0 ? id_of(min(first, m) - 1) : -2;  // No group is -2.
+    uint32_t starts = 0;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      // Lane 0's predecessor is lane 31's of the step before.
+      const int previous = __shfl_sync(0xffffffff, lane == 31 ? last : id[i], (lane + 31) % 32);
+      starts |= uint32_t{id[i] != previous} << i;
+      last = id[i];
     }
-    before += __popc(mask);
-  });
-  if (warp == kWarps - 1 && lane == 0) {
+    const int count = __reduce_add_sync(0xffffffff, __popc(starts));
+    if (lane == 0) counts[warp] = count;
+    __syncthreads();
+
+    int run = before;
+    for (int i = 0; i < kWarps; ++i) {
+      if (i < warp) run += counts[i];
+      before += counts[i];
+    }
+    for (int i = 0; i < kSteps; ++i) {
+      const uint32_t mask = __ballot_sync(0xffffffff, starts >> i & 1);
+      if (mask >> lane & 1) {
+        const int row = first + 32 * i + lane;
+        const int mine = run + __popc(mask & (1u << lane) - 1);
+        spans[mine].start = row;
+        spans[mine].group = id_of(row);
+        if (mine > 0) spans[mine - 1].end = row;
+      }
+      run += __popc(mask);
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
     spans[before].start = m;
     spans[before - 1].end = m;
   }

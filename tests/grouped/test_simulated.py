@@ -1,0 +1,41 @@
+"""The kernel that finds the runs of rows of one group, on the host."""
+
+import ctypes
+
+import numpy as np
+import pytest
+from simulator_build import build
+
+GROUPS = 5
+
+
+@pytest.fixture(scope="module")
+def find_runs(tmp_path_factory):
+    run = build("runs.cc", (), tmp_path_factory.mktemp("runs")).run
+
+    def find(ids: np.ndarray) -> np.ndarray:
+        spans = np.full((len(ids) + 1, 4), -7, np.int32)
+        ids_at, spans_at = (ctypes.c_void_p(x.ctypes.data) for x in (ids, spans))
+        run(ids_at, len(ids), GROUPS, spans_at)
+        return spans
+
+    return find
+
+
+def expected_runs(ids: np.ndarray) -> list[tuple[int, int, int]]:
+    ids = np.where((ids >= 0) & (ids < GROUPS), ids, -1)
+    borders = [0, *(np.flatnonzero(np.diff(ids)) + 1), len(ids)]
+    return [(start, end, ids[start]) for start, end in zip(borders, borders[1:], strict=False)]
+
+
+@pytest.mark.parametrize("m", [1, 31, 1000, 40_000, 70_001])  # 32,768 rows are looked at at once
+@pytest.mark.parametrize("longest", [1, 40, 30_000])
+def test_runs(find_runs, m, longest):
+    rng = np.random.default_rng(m)
+    lengths = rng.integers(1, longest + 1, m)
+    # Ids of no group are one group's, whatever they are.
+    ids = np.repeat(rng.integers(-2, GROUPS + 2, m), lengths)[:m].astype(np.int32)
+    expected = expected_runs(ids)
+    spans = find_runs(ids)
+    np.testing.assert_array_equal(spans[: len(expected), :3], expected)
+    assert spans[len(expected), 0] == m
