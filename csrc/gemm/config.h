@@ -8,6 +8,9 @@ namespace deepgemm::gemm {
 
 constexpr int kRowBytes = 128;  // of an operand's tile along its contiguous dim: a swizzled row
 constexpr int kTileBytes = 32;  // that tell where a tile lies
+// kChannels: scales are an operand in bfloat16, MN-major, of so many rows of M or N and of 16 of K.
+constexpr int kFactorRows = 64;
+constexpr int kFactorBytes = 16 * kRowBytes;
 
 enum Scales {
   kNoScales,  // D = A B^T
@@ -49,18 +52,19 @@ struct Config {
   // A tile that is not aligned with B's blocks of 128 columns may touch two of them.
   constexpr int scales_per_row() const { return 128 % block_n == 0 ? 1 : 2; }
   constexpr int scale_bytes() const {
-    return scales == kNoScales ? 0
-           : scales == kBlocks ? block_m * scales_per_row() * 4
-                               : (block_m + block_n) * 4;
+    return scales == kNoScales   ? 0
+           : scales == kBlocks   ? block_m * scales_per_row() * 4
+           : scales == kChannels ? (block_m + block_n) / kFactorRows * kFactorBytes
+                                 : (block_m + block_n) * 4;
   }
   // A bfloat16 D leaves through shared memory and the copy engine, so that the next tile need not
   // wait for it, in boxes as wide as a swizzled row may be.
   constexpr int d_bytes() const { return out_float32 ? 0 : block_m * block_n * 2; }
   constexpr int box_n() const { return block_n % 64 == 0 ? 64 : block_n % 32 == 0 ? 32 : 16; }
   constexpr int stage_bytes() const { return a_bytes() + b_bytes() + scale_bytes(); }
-  // What is told of so many tiles: of those that begin in the slots, the one that is being stored
-  // and the one before.
-  constexpr int tiles() const { return stages + 2; }
+  // What is told of so many tiles: of those that begin in the slots and the one that is being
+  // stored.
+  constexpr int tiles() const { return stages + 1; }
   constexpr int smem_bytes() const {
     return d_bytes() + stages * (stage_bytes() + 2 * static_cast<int>(sizeof(unsigned long long))) +
            tiles() * kTileBytes;

@@ -61,7 +61,13 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     if (warp % 4 == 0) {
       if (elect_one()) copy_tiles(params, ring);
     } else if (warp % 4 <= kScaleWarps) {
-      copy_scales(params, ring, threadIdx.x % 128 - 32);
+      const int thread = threadIdx.x % 128 - 32;
+      if constexpr (config.scales == kChannels) {
+        LaneFactors::clear(ring, thread);
+        copy_scales<LaneFactors>(params, ring, thread);
+      } else {
+        copy_scales<LaneScales>(params, ring, thread);
+      }
     }
   } else {
     if constexpr (kMoveRegisters) grow_registers<kConsumerRegisters>();

@@ -20,6 +20,7 @@ struct Reader {
   int first_row;  // of this consumer in the tile
   bool ready;
   uint64_t a, b;
+  uint64_t a_factors, b_factors;  // kChannels
 
   // What the next block's product needs is looked up before the previous one is promoted, off the
   // path from one product to the next.
@@ -28,6 +29,10 @@ struct Reader {
     ready = barrier_test(ring.full(), ring.parity);
     a = tile_descriptor(ring.a() + first_row * kRowBytes, config.a_mn_major ? box : 0);
     b = tile_descriptor(ring.b(), config.b_mn_major ? box : 0);
+    if constexpr (config.scales == kChannels) {
+      a_factors = tile_descriptor(ring.factors(first_row), kFactorBytes);
+      b_factors = tile_descriptor(ring.factors(config.block_m), kFactorBytes);
+    }
   }
 
   // This warp's first row in the tile: found anew each time, lest a register holds it.
@@ -45,6 +50,13 @@ struct Reader {
   __forceinline__ void advance() {
     ring.advance();
     look_ahead();
+  }
+
+  // Starts the product of a wave's scales: what its elements are to be multiplied by.
+  __forceinline__ void factor_product(Part& d, int wave) const {
+    wgmma_fence();
+    wgmma<config.block_n, kBfloat16, kBfloat16, true, true>(
+        d, a_factors + wave * (kFactorBytes >> 4), b_factors, false);
   }
 
   // Starts one block's product of a wave's rows.
@@ -149,42 +161,10 @@ __forceinline__ void load_factors(Part& factors, const Ring& slot, int row) {
   }
 }
 
-// Three consumers have no registers for all factors: they are made of the scales of a few columns
-// at a time, which are read while others are in use. `first` are those of the first columns.
-constexpr bool kFactorsAhead = config.consumers < 3;
-
-struct ColumnScales {
-  static constexpr int kFew = 2;  // chunks of eight columns, of which the thread has two each
-  float2 scales[kFew];
-
-  __forceinline__ void load(const Ring& slot, int chunk) {
-#pragma unroll
-    for (int i = 0; i < kFew; ++i) {
-      scales[i] = load_shared_pair(slot.scale(8 * (chunk + i) + threadIdx.x % 4 * 2, 1));
-    }
-  }
-};
-
-__forceinline__ void promote(Part& sum, const Part& part, const float (&scale)[2],
-                             ColumnScales first, const Ring& slot) {
-  ColumnScales next;
-#pragma unroll
-  for (int chunk = 0; chunk < config.block_n / 8; chunk += ColumnScales::kFew) {
-    if (chunk + ColumnScales::kFew < config.block_n / 8) {
-      next.load(slot, chunk + ColumnScales::kFew);
-    }
-#pragma unroll
-    for (int i = 0; i < ColumnScales::kFew; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = 4 * (chunk + i) + 2 * half;
-        sum[at] += scale[half] * (first.scales[i].x * part[at]);
-        sum[at + 1] += scale[half] * (first.scales[i].y * part[at + 1]);
-      }
-    }
-    first = next;
-  }
-}
+// Where the factor of a thread's element is. Columns' scales change places in pairs, so that it is
+// in a register of the other bank than the product and the sum, which are stored in pairs: an FMA
+// whose operands are all in one bank takes two clocks.
+constexpr int factor_of(int i) { return i ^ 1; }
 
 // Where a warp's 16 rows of a tile's sums belong.
 struct Output {
@@ -286,44 +266,33 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
       begin_block(reader, tile, i, blocks);
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
+        Part factors;                   // kChannels
+        float scale[2][kScalesPerRow];  // kBlocks
         pin(part);
+        if constexpr (config.scales == kChannels) reader.factor_product(factors, w);
         reader.product(part, w, false);
         const Ring slot = reader.ring;
-        const int row = warp_row + w * kWaveRows + threadIdx.x % 32 / 4;
-        const auto retire = [&] {
-          wgmma_wait<0>();
-          pin(part);
-        };
-        const auto leave = [&] {
-          if (w < kWaves - 1) return;
-          release(slot);
-          reader.advance();
-        };
-        // Scales are read while the product runs.
         if constexpr (config.scales == kBlocks) {
-          float scale[2][kScalesPerRow];
+          // Read while the product runs.
+          const int row = warp_row + w * kWaveRows + threadIdx.x % 32 / 4;
 #pragma unroll
           for (int j = 0; j < 2 * kScalesPerRow; ++j) {
             const int half = j / kScalesPerRow, which = j % kScalesPerRow;
             scale[half][which] = load_shared(slot.scale(row + half * 8, which));
           }
-          retire();
-          leave();
+        }
+        wgmma_wait<0>();
+        pin(part);
+        if constexpr (config.scales == kChannels) pin(factors);
+        if (w == kWaves - 1) {
+          release(slot);
+          reader.advance();
+        }
+        if constexpr (config.scales == kBlocks) {
           promote(sum[w], part, scale, boundary);
-        } else if constexpr (kFactorsAhead) {
-          Part factors;
-          load_factors(factors, slot, row);
-          retire();
-          leave();
-#pragma unroll
-          for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += factors[j] * part[j];
         } else {
-          const float scale[2] = {load_shared(slot.scale(row)), load_shared(slot.scale(row + 8))};
-          ColumnScales columns;
-          columns.load(slot, 0);
-          retire();
-          promote(sum[w], part, scale, columns, slot);
-          leave();
+#pragma unroll
+          for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += factors[factor_of(j)] * part[j];
         }
       }
     }

@@ -66,6 +66,7 @@ struct LaneScales {
   static constexpr int kB = config.scales == kBlocks ? kScalesPerRow : config.block_n / kStride;
 
   const Params& p;
+  int lane;
   const float *a, *b;  // the lane's first scale of A and of B, in the first block of K
   int a_rows, b_rows;  // how many rows there are from there on
   int last_block;
@@ -75,7 +76,7 @@ struct LaneScales {
   };
 
   __forceinline__ LaneScales(const Params& p, const Tiles& tile, int lane)
-      : p(p), last_block(min(tile.last_block(), p.blocks_k) - 1) {
+      : p(p), lane(lane), last_block(min(tile.last_block(), p.blocks_k) - 1) {
     const long long blocks_k = config.scales == kRows ? 1 : p.blocks_k;
     a = p.a_scale + tile.a_batch * blocks_k * p.m + tile.m0 + lane;
     a_rows = p.m - tile.m0 - lane;
@@ -108,7 +109,7 @@ struct LaneScales {
   }
 
   // Multiplies, if it can, where nobody waits: then a consumer has a single factor a row.
-  static __forceinline__ void store(const Block& x, const Ring& ring, int lane) {
+  __forceinline__ void store(const Block& x, const Ring& ring) const {
 #pragma unroll
     for (int j = 0; j < kA; ++j) {
       const int row = lane + j * kStride;
@@ -126,13 +127,103 @@ struct LaneScales {
   }
 };
 
-__forceinline__ void copy_scales(const Params& p, Ring ring, int lane) {
+// The same for kChannels. What a tile's elements are multiplied by, rows' scales times columns', is
+// left to the tensor core: a scale is the sum of three bfloat16, exactly, and the nine products of
+// A's parts and B's are added up along nine of 16 of K. A lane brings two neighbours of every 64
+// rows that its warp brings.
+struct LaneFactors {
+  static constexpr int kParts = 3;
+  static constexpr int kOfA = config.block_m / kFactorRows;
+  static constexpr int kOfBoth = kOfA + config.block_n / kFactorRows;
+  static constexpr int kMine = ceil_div(kOfBoth, kScaleWarps ? kScaleWarps : 1);
+
+  const Params& p;
+  int warp, lane;
+  const float* first[kMine];  // the lane's scales in the first block of K
+  int rows[kMine];            // how many rows there are from there on
+  int last_block;
+
+  struct Block {
+    float scales[kMine][2];
+  };
+
+  __forceinline__ int box(int i) const { return i * kScaleWarps + warp; }
+  __forceinline__ bool of_a(int i) const { return box(i) < kOfA; }
+
+  __forceinline__ LaneFactors(const Params& p, const Tiles& tile, int thread)
+      : p(p),
+        warp(uniform(thread / 32)),
+        lane(thread % 32),
+        last_block(min(tile.last_block(), p.blocks_k) - 1) {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const int size = of_a(i) ? p.m : p.n;
+      const int row =
+          of_a(i) ? tile.m0 + box(i) * kFactorRows : tile.n0 + (box(i) - kOfA) * kFactorRows;
+      const long long batch = of_a(i) ? tile.a_batch : tile.b_batch;
+      first[i] = (of_a(i) ? p.a_scale : p.b_scale) + batch * p.blocks_k * size + row + 2 * lane;
+      rows[i] = tile.empty() || box(i) >= kOfBoth ? 0 : size - row - 2 * lane;
+    }
+  }
+
+  __forceinline__ void load(Block& x, int kb) const {
+    kb = min(kb, last_block);
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const float* scales = first[i] + static_cast<long long>(kb) * (of_a(i) ? p.m : p.n);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = of_a(i) ? j : 1 - j;  // see factor_of
+        x.scales[i][j] = row < rows[i] ? __ldg(scales + row) : 0;
+      }
+    }
+  }
+
+  __forceinline__ void store(const Block& x, const Ring& ring) const {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      if (box(i) >= kOfBoth) break;
+      float rest[2] = {x.scales[i][0], x.scales[i][1]};
+      uint32_t parts[kParts];  // of both, the second one in the upper half
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        parts[part] = __byte_perm(__float_as_uint(rest[0]), __float_as_uint(rest[1]), 0x7632);
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          rest[j] -= __uint_as_float(__float_as_uint(rest[j]) & 0xffff0000);
+      }
+#pragma unroll
+      for (int k = 0; k < kParts * kParts; ++k) {
+        const uint32_t both = of_a(i) ? parts[k / kParts] : parts[k % kParts];
+        const uint32_t at =
+            ring.factors(box(i) * kFactorRows) + k * kRowBytes + (lane * 4 ^ k % 8 * 16);
+        store_shared(at, __uint_as_float(both));
+      }
+    }
+    fence_shared_for_copy_engine();
+  }
+
+  // What is left of K, in each slot.
+  static __forceinline__ void clear(Ring ring, int thread) {
+    for (; ring.parity == 0; ring.advance()) {
+      for (int box = thread / 32; box < kOfBoth; box += kScaleWarps) {
+        for (int k = kParts * kParts; k < kFactorBytes / kRowBytes; ++k) {
+          const uint32_t row = ring.factors(box * kFactorRows) + k * kRowBytes;
+          store_shared(row + thread % 32 * 4, 0);
+        }
+      }
+    }
+  }
+};
+
+template <class Scales>
+__forceinline__ void copy_scales(const Params& p, Ring ring, int thread) {
   // So many blocks' loads are in flight, or their latency would set the pace.
   constexpr int ahead = config.scales == kBlocks ? 4 : config.scales == kChannels ? 2 : 1;
   for (Tiles tile(p); !tile.done; tile.next()) {
-    const LaneScales scales(p, tile, lane);
+    const Scales scales(p, tile, thread);
     const int first_block = tile.first_block(), last_block = tile.last_block();
-    LaneScales::Block blocks[ahead];
+    typename Scales::Block blocks[ahead];
 #pragma unroll
     for (int i = 0; i < ahead; ++i) scales.load(blocks[i], first_block + i);
     for (int kb = first_block; kb < last_block; kb += ahead) {
@@ -140,7 +231,7 @@ __forceinline__ void copy_scales(const Params& p, Ring ring, int lane) {
       for (int i = 0; i < ahead; ++i) {
         if (kb + i == last_block) break;
         barrier_wait(ring.empty(), ring.parity ^ 1);
-        scales.store(blocks[i], ring, lane);
+        scales.store(blocks[i], ring);
         if (config.scales != kRows) scales.load(blocks[i], kb + i + ahead);
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());

@@ -29,10 +29,13 @@ struct Ring {
   uint32_t a() const { return memory + slot * config.a_bytes(); }
   uint32_t b() const { return memory + kB + slot * config.b_bytes(); }
   uint32_t d() const { return memory + kD; }
-  // kBlocks: of a row, with the first or second block of columns. Others: of A's rows, then B's.
+  uint32_t scales() const { return memory + kScales + slot * config.scale_bytes(); }
+  // kBlocks: of a row, with the first or second block of columns. kRows: of A's rows, then B's.
   uint32_t scale(int row, int which = 0) const {
-    return memory + kScales + slot * config.scale_bytes() + (which * config.block_m + row) * 4;
+    return scales() + (which * config.block_m + row) * 4;
   }
+  // kChannels: of a multiple of kFactorRows rows; A's, then B's.
+  uint32_t factors(int row) const { return scales() + row / kFactorRows * kFactorBytes; }
   // Of a tile, counted round and round.
   uint32_t tile(int number) const { return memory + kTiles + number * kTileBytes; }
   uint32_t full() const { return memory + kFull + slot * 8; }

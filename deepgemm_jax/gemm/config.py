@@ -150,10 +150,9 @@ class Config(AnyConfig):
             (self.block_n // self.cluster_m, problem.b_mn_major),
         ):
             yield not mn_major or part % 64 == 0, "loads of whole 64 rows where K is not contiguous"
-        # Sums and one product of FP8 for each thread, its factors if each column has a scale and
-        # there is room for them, and what addresses take.
-        ahead = problem.scales == "channels" and self.consumers < 3
-        others = 0 if problem.scales == "none" else 1 + ahead
+        # Sums and one product of FP8 for each thread, its factors if each column has a scale, and
+        # what addresses take.
+        others = {"none": 0, "channels": 2}.get(problem.scales, 1)
         registers = int((self._waves + others) * self.block_n / 2 + 24)
         available = {1: 255, 2: 232, 3: 152}[self.consumers]
         yield registers <= available, f"at most {available} registers a thread, not {registers}"
@@ -235,10 +234,8 @@ DENSE_BF16_TILES = (
     Tile(128, 64, 2, 1, 1, 0.260, 0.8),
     Tile(64, 64, 1, 1, 1, 0.180, 0.8),
 )
-# Times a block's cost, if there is a scale for each column, with 1, 2 or 3 consumers; or if scales
-# are the same for all of K.
-CHANNELS = {1: 1.42, 2: 1.42, 3: 1.48}
-ROWS = 0.88
+# Times a block's cost, if there is a scale for each column, or if scales are the same for all of K.
+TIMES = {"channels": 1.2, "rows": 0.88}
 LAUNCH_US = 4.2  # until the first bytes are there
 BYTES_PER_US = 4.5e6  # of device memory
 L2_BYTES = 50e6
@@ -350,8 +347,7 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     else:
         rounds = math.ceil(problem.batch * math.ceil(rows) * columns / at_once)
     blocks = math.ceil(problem.k / problem.block_k)
-    times = {"channels": CHANNELS[tile.consumers], "rows": ROWS}.get(problem.scales, 1)
-    block_us = tile.block_us * times
+    block_us = tile.block_us * TIMES.get(problem.scales, 1)
     busy_us = rounds * (blocks * block_us + tile.store_us)
     memory_us = moved / BYTES_PER_US + min(moved, L2_BYTES) * WRITTEN_BACK_US
     # Of many small problems each takes its turn at waiting for memory.
