@@ -11,13 +11,12 @@
 namespace deepgemm::gemm {
 
 constexpr int kWarps = kRunsThreads / 32;
-constexpr int kSteps = 32;  // of a warp through its stretch: a lane's marks are the bits of a word
+constexpr int kSteps = 16;  // of a warp through its stretch: a lane's marks are the bits of a word
 constexpr int kStretch = 32 * kSteps;
 
 extern "C" __global__ void __launch_bounds__(kRunsThreads)
     kernel(const int* ids, int m, int groups, Span* spans) {
   __shared__ int counts[kWarps];
-  let_next_kernel_start();
   wait_for_previous_kernel();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto id_of = [&](int row) {
@@ -43,6 +42,8 @@ extern "C" __global__ void __launch_bounds__(kRunsThreads)
     const int count = __reduce_add_sync(0xffffffff, __popc(starts));
     if (lane == 0) counts[warp] = count;
     __syncthreads();
+    // The GEMM is there when the runs are; earlier, it would but wait.
+    let_next_kernel_start();
 
     int run = before;
     for (int i = 0; i < kWarps; ++i) {

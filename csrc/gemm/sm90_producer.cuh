@@ -218,21 +218,28 @@ struct LaneFactors {
 
 template <class Scales>
 __forceinline__ void copy_scales(const Params& p, Ring ring, int thread) {
-  // So many blocks' loads are in flight, or their latency would set the pace.
-  constexpr int ahead = config.scales == kBlocks ? 4 : config.scales == kChannels ? 2 : 1;
+  // So many blocks' loads are in flight, or their latency would set the pace. The next ones start
+  // as soon as there is room, but where a fence (see LaneFactors) would wait for them: there so
+  // many at once.
+  constexpr int ahead = config.scales == kBlocks ? 4 : config.scales == kChannels ? 4 : 1;
+  constexpr bool at_once = config.scales == kChannels;
   for (Tiles tile(p); !tile.done; tile.next()) {
     const Scales scales(p, tile, thread);
     const int first_block = tile.first_block(), last_block = tile.last_block();
     typename Scales::Block blocks[ahead];
+    const auto load_all = [&](int kb) {
 #pragma unroll
-    for (int i = 0; i < ahead; ++i) scales.load(blocks[i], first_block + i);
+      for (int i = 0; i < ahead; ++i) scales.load(blocks[i], kb + i);
+    };
+    if (!at_once) load_all(first_block);
     for (int kb = first_block; kb < last_block; kb += ahead) {
+      if (at_once) load_all(kb);
 #pragma unroll
       for (int i = 0; i < ahead; ++i) {
         if (kb + i == last_block) break;
         barrier_wait(ring.empty(), ring.parity ^ 1);
         scales.store(blocks[i], ring);
-        if (config.scales != kRows) scales.load(blocks[i], kb + i + ahead);
+        if (config.scales == kBlocks) scales.load(blocks[i], kb + i + ahead);
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
         ring.advance();
