@@ -8,13 +8,14 @@ the other's gradient. A token is sent to a shard once, however many of its exper
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from ..quantize import per_token_cast_to_fp8
-from ..scaled import ScaledArray
+from ..scaled import BLOCK, ScaledArray
 from .permutation import Permutation, permute, unpermute, vary_alike
 
 # XLA of JAX 0.11 and later takes no slow way between processes unless it is told to.
@@ -24,8 +25,11 @@ FALLBACK = "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback"
 class Exchange(Protocol):
     """A strategy's way for the tokens of one call."""
 
-    def send(self, x: jax.Array) -> jax.Array:
-        """[T, ...] of each device to [R, ...] of each shard."""
+    def spread(self, x: jax.Array) -> jax.Array:
+        """[T, ...] of a device as the rows that it sends."""
+
+    def send(self, rows: jax.Array) -> jax.Array:
+        """These of each device to [R, ...] of each shard."""
 
     def send_back(self, rows: jax.Array) -> jax.Array:
         """[R, ...] of each shard to where its tokens came from."""
@@ -43,8 +47,11 @@ class AllGather:
     axis: str
     shards: int
 
-    def send(self, x):
-        return jax.lax.all_gather(x, self.axis, tiled=True)
+    def spread(self, x):
+        return x
+
+    def send(self, rows):
+        return jax.lax.all_gather(rows, self.axis, tiled=True)
 
     def send_back(self, rows):
         return jax.lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
@@ -62,11 +69,14 @@ class AllToAll:
     plan: Permutation
     axis: str
 
-    def send(self, x):
-        return self.send_back(permute(x, self.plan))
+    def spread(self, x):
+        return permute(x, self.plan)
+
+    def send(self, rows):
+        return jax.lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
 
     def send_back(self, rows):
-        return jax.lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
+        return self.send(rows)
 
     def collect(self, rows):
         return unpermute(rows, self.plan)
@@ -99,9 +109,12 @@ class RaggedAllToAll:
         fitting = jnp.diff(ends, axis=0, prepend=0)
         return cls(plan, jnp.cumsum(sizes, 1) - sizes, fitting, axis, rows)
 
-    def send(self, x):
+    def spread(self, x):
+        return permute(x, self.plan)
+
+    def send(self, rows):
         there = jnp.cumsum(self.sizes, 0) - self.sizes
-        return self._move(permute(x, self.plan), self.rows, self.starts, there, self.sizes)
+        return self._move(rows, self.rows, self.starts, there, self.sizes)
 
     def send_back(self, rows):
         there = jnp.cumsum(self.sizes, 0) - self.sizes
@@ -173,35 +186,107 @@ def exchange(
     return RaggedAllToAll.of(Permutation.of(shard, shards, rows), axis, shards * room)
 
 
+ALIGNED = 16  # bytes that a thread of a GPU loads at once, at most
+
+
+def _words(columns: int, itemsize: int) -> int:
+    return -(-columns * itemsize // ALIGNED) * ALIGNED // 4
+
+
+def pack(arrays: Any) -> jax.Array:
+    """Arrays [T, n] of any dtypes side by side, as integers, whose bits XLA leaves alone."""
+
+    def words(x):
+        fill = -x.shape[1] % (ALIGNED // x.itemsize)
+        return jnp.pad(x, ((0, 0), (0, fill))).view(jnp.int32)
+
+    return jnp.concatenate([words(x) for x in jax.tree.leaves(arrays)], axis=1)
+
+
+def unpack(rows: jax.Array, arrays: Any) -> Any:
+    """Rows of what `pack` made of such arrays, as these."""
+    start = 0
+
+    def part(x):
+        nonlocal start
+        # Of all words a view costs nothing; of a part, XLA makes a copy first.
+        first = start * 4 // x.itemsize
+        start += _words(x.shape[1], x.itemsize)
+        return rows.view(x.dtype)[:, first : first + x.shape[1]]
+
+    return jax.tree.map(part, arrays)
+
+
+def together(move: Callable[[jax.Array], jax.Array], arrays: Any) -> Any:
+    """Moves rows of several arrays in one collective."""
+    return unpack(move(pack(arrays)), arrays)
+
+
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """In which dtypes rows go over it, as they are if None; float8_e4m3fn is scaled per token."""
+    """In which dtypes rows go over it, as they are if None; float8_e4m3fn is scaled per token.
+
+    What there is beside of each token goes in FP8's rows. It goes by itself where they are wider:
+    XLA would copy these, which takes longer than a small collective.
+    """
 
     out: Any = None
     back: Any = None
     implementation: str | None = None
 
-    def send(self, way: Exchange, x: jax.Array) -> jax.Array:
-        rows = jax.tree.map(way.send, self._narrow(x, self.out))
-        return rows.dequantize(x.dtype) if isinstance(rows, ScaledArray) else rows.astype(x.dtype)
+    def send(self, way: Exchange, x: Any, *beside: jax.Array) -> tuple[Any, ...]:
+        narrow = x
+        if self.out == jnp.float8_e4m3fn:
+            narrow = per_token_cast_to_fp8(x, implementation=self.implementation)
+        elif self.out is not None:
+            narrow = x.astype(self.out)
+        rows, rest = jax.tree.map(way.spread, (narrow, beside))
+        if not isinstance(rows, ScaledArray):
+            rows = way.send(rows).astype(x.dtype)
+            return rows, *(together(way.send, rest) if rest else ())
+        rows, rest = together(way.send, (rows, rest))
+        return rows if isinstance(x, ScaledArray) else rows.dequantize(x.dtype), *rest
 
-    def send_back(self, way: Exchange, rows: jax.Array) -> jax.Array:
-        return way.collect(jax.tree.map(way.send_back, self._narrow(rows, self.back)))
+    def send_back(self, way: Exchange, rows: Any, *beside: jax.Array) -> list[jax.Array]:
+        """All of it added up for each token: float32."""
+        if self.back == jnp.float8_e4m3fn:
+            parts, packed = self._cast_with_room(rows, beside)
+            rows, rest = unpack(way.send_back(packed), parts)
+        else:
+            rows = way.send_back(rows if self.back is None else rows.astype(self.back))
+            rest = together(way.send_back, beside) if beside else ()
+        return [way.collect(part) for part in (rows, *rest)]
 
-    def _narrow(self, x: jax.Array, dtype: Any) -> Any:
-        if dtype == jnp.float8_e4m3fn:
-            return per_token_cast_to_fp8(x, implementation=self.implementation)
-        return x if dtype is None else x.astype(dtype)
+    def _cast_with_room(self, x: jax.Array, beside: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        """In FP8 with what is beside, and this packed: for which the cast itself makes room, where
+        `pack` would copy what a kernel wrote."""
+        columns = x.shape[1]
+        blocks = -(-columns // BLOCK)
+        start = _words(columns, 1)
+        end = start + _words(blocks, 4) + sum(_words(x.shape[1], x.itemsize) for x in beside)
+        # A last column's repeats change no block's scale, and XLA reads rows as fast as without.
+        wide = jnp.pad(x, ((0, 0), (0, 4 * end - columns)), mode="edge")
+        cast = per_token_cast_to_fp8(wide, implementation=self.implementation)
+        scale = cast.scale[:, :blocks]
+        packed = jax.lax.dynamic_update_slice(
+            cast.data.view(jnp.int32), pack((scale, beside)), (0, start)
+        )
+        return (ScaledArray(cast.data[:, :columns], scale), beside), packed
 
 
 AS_IT_IS = Wire()
 
 
-def to_shards(way: Exchange, x: Any, wire: Wire = AS_IT_IS) -> Any:
-    """Tokens [T, ...] as rows on each shard. The gradient is sent back."""
-    if isinstance(x, ScaledArray) or not jnp.issubdtype(x.dtype, jnp.floating):
-        return jax.tree.map(way.send, x)
-    return _out(wire, *vary_alike(way, x))
+def to_shards(way: Exchange, x: Any, experts: jax.Array, weights: jax.Array, wire: Wire) -> Any:
+    """Tokens [T, H], their experts' numbers and weights [T, k], as rows on each shard.
+
+    The gradient, of tokens and weights, is sent back. A `ScaledArray` has none.
+    """
+    if not isinstance(x, ScaledArray):
+        return _out(wire, *vary_alike(way, x, experts, weights))
+    # As words, of which there is no gradient.
+    rows, *rest = _out(AS_IT_IS, *vary_alike(way, jax.tree.map(pack, x), experts, weights))
+    return jax.tree.map(unpack, rows, x), *rest
 
 
 def from_shards(way: Exchange, rows: jax.Array, wire: Wire) -> jax.Array:
@@ -210,21 +295,24 @@ def from_shards(way: Exchange, rows: jax.Array, wire: Wire) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _out(wire, way, x):
-    return wire.send(way, x)
+def _out(wire, way, x, experts, weights):
+    return wire.send(way, x, experts, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _back(wire, way, rows):
-    return wire.send_back(way, rows)
+    return wire.send_back(way, rows)[0]
+
+
+def _out_backward(wire, way, d):
+    d_rows, _, d_weights = d
+    d_x, d_own = wire.send_back(way, d_rows, d_weights)
+    return None, d_x.astype(d_rows.dtype), None, d_own.astype(d_weights.dtype)
 
 
 # What is kept of rows is their dtype, in none of them.
-_out.defvjp(
-    lambda wire, way, x: (wire.send(way, x), way),
-    lambda wire, way, d: (None, wire.send_back(way, d).astype(d.dtype)),
-)
+_out.defvjp(lambda wire, way, *tokens: (wire.send(way, *tokens), way), _out_backward)
 _back.defvjp(
-    lambda wire, way, rows: (wire.send_back(way, rows), (way, rows[:0])),
-    lambda wire, kept, d: (None, wire.send(kept[0], d.astype(kept[1].dtype))),
+    lambda wire, way, rows: (wire.send_back(way, rows)[0], (way, rows[:0])),
+    lambda wire, kept, d: (None, wire.send(kept[0], d.astype(kept[1].dtype))[0]),
 )

@@ -351,11 +351,10 @@ class _Call:
             # Of so many tokens, spread evenly, those that have experts on one more shard.
             evenly = tokens * sent * (1 - (1 - 1 / (sent * size)) ** k)
             way = exchange(strategy, axis, size, experts, count, self._room(len(experts), evenly))
-            x = to_shards(way, x, self.wire)
             # What arrives in a row that is nobody's is zero.
-            experts = to_shards(way, experts + 1) - 1 - jax.lax.axis_index(axis) * count
+            x, experts, weights = to_shards(way, x, experts + 1, weights, self.wire)
+            experts = experts - 1 - jax.lax.axis_index(axis) * count
             experts = jnp.where((experts >= 0) & (experts < count), experts, -1)
-            weights = to_shards(way, weights)
             ways.append(way)
             sent *= size
         masked = self.layout == "masked"
