@@ -8,7 +8,6 @@ the other's gradient. A token is sent to a shard once, however many of its exper
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -209,7 +208,7 @@ def unpack(rows: jax.Array, arrays: Any) -> Any:
 
     def part(x):
         nonlocal start
-        # Of all words a view costs nothing; of a part, XLA makes a copy first.
+        # A view of whole rows costs nothing; of a part of them, XLA would make a copy.
         first = start * 4 // x.itemsize
         start += _words(x.shape[1], x.itemsize)
         return rows.view(x.dtype)[:, first : first + x.shape[1]]
@@ -217,76 +216,65 @@ def unpack(rows: jax.Array, arrays: Any) -> Any:
     return jax.tree.map(part, arrays)
 
 
-def together(move: Callable[[jax.Array], jax.Array], arrays: Any) -> Any:
-    """Moves rows of several arrays in one collective."""
-    return unpack(move(pack(arrays)), arrays)
+def send(way: Exchange, tokens: Any) -> Any:
+    """An array, or several in one collective."""
+    rows = jax.tree.map(way.spread, tokens)
+    return way.send(rows) if isinstance(rows, jax.Array) else unpack(way.send(pack(rows)), rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """In which dtypes rows go over it, as they are if None; float8_e4m3fn is scaled per token.
-
-    What there is beside of each token goes in FP8's rows. It goes by itself where they are wider:
-    XLA would copy these, which takes longer than a small collective.
-    """
+    """In which dtypes rows go over it, as they are if None; float8_e4m3fn is scaled per token."""
 
     out: Any = None
     back: Any = None
     implementation: str | None = None
 
-    def send(self, way: Exchange, x: Any, *beside: jax.Array) -> tuple[Any, ...]:
-        narrow = x
+    def send(self, way: Exchange, x: jax.Array) -> jax.Array:
         if self.out == jnp.float8_e4m3fn:
             narrow = per_token_cast_to_fp8(x, implementation=self.implementation)
-        elif self.out is not None:
-            narrow = x.astype(self.out)
-        rows, rest = jax.tree.map(way.spread, (narrow, beside))
-        if not isinstance(rows, ScaledArray):
-            rows = way.send(rows).astype(x.dtype)
-            return rows, *(together(way.send, rest) if rest else ())
-        rows, rest = together(way.send, (rows, rest))
-        return rows if isinstance(x, ScaledArray) else rows.dequantize(x.dtype), *rest
+            return send(way, narrow).dequantize(x.dtype)
+        return send(way, x if self.out is None else x.astype(self.out)).astype(x.dtype)
 
-    def send_back(self, way: Exchange, rows: Any, *beside: jax.Array) -> list[jax.Array]:
-        """All of it added up for each token: float32."""
+    def send_back(self, way: Exchange, rows: jax.Array) -> jax.Array:
         if self.back == jnp.float8_e4m3fn:
-            parts, packed = self._cast_with_room(rows, beside)
-            rows, rest = unpack(way.send_back(packed), parts)
-        else:
-            rows = way.send_back(rows if self.back is None else rows.astype(self.back))
-            rest = together(way.send_back, beside) if beside else ()
-        return [way.collect(part) for part in (rows, *rest)]
+            narrow, packed = self._cast_and_pack(rows)
+            return way.collect(unpack(way.send_back(packed), narrow))
+        return way.collect(way.send_back(rows if self.back is None else rows.astype(self.back)))
 
-    def _cast_with_room(self, x: jax.Array, beside: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
-        """In FP8 with what is beside, and this packed: for which the cast itself makes room, where
-        `pack` would copy what a kernel wrote."""
+    def _cast_and_pack(self, x: jax.Array) -> tuple[ScaledArray, jax.Array]:
+        """The cast makes room for the scales: `pack` would copy what a kernel wrote."""
         columns = x.shape[1]
         blocks = -(-columns // BLOCK)
         start = _words(columns, 1)
-        end = start + _words(blocks, 4) + sum(_words(x.shape[1], x.itemsize) for x in beside)
+        end = start + _words(blocks, 4)
         # A last column's repeats change no block's scale, and XLA reads rows as fast as without.
         wide = jnp.pad(x, ((0, 0), (0, 4 * end - columns)), mode="edge")
         cast = per_token_cast_to_fp8(wide, implementation=self.implementation)
         scale = cast.scale[:, :blocks]
-        packed = jax.lax.dynamic_update_slice(
-            cast.data.view(jnp.int32), pack((scale, beside)), (0, start)
-        )
-        return (ScaledArray(cast.data[:, :columns], scale), beside), packed
+        packed = jax.lax.dynamic_update_slice(cast.data.view(jnp.int32), pack(scale), (0, start))
+        return ScaledArray(cast.data[:, :columns], scale), packed
 
 
-AS_IT_IS = Wire()
+def to_shards(way: Exchange, x: Any, wire: Wire) -> Any:
+    """Tokens [T, H] as rows on each shard. The gradient is sent back.
 
-
-def to_shards(way: Exchange, x: Any, experts: jax.Array, weights: jax.Array, wire: Wire) -> Any:
-    """Tokens [T, H], their experts' numbers and weights [T, k], as rows on each shard.
-
-    The gradient, of tokens and weights, is sent back. A `ScaledArray` has none.
+    A `ScaledArray` is sent as it is, with no gradient: the cast that made it has none.
     """
-    if not isinstance(x, ScaledArray):
-        return _out(wire, *vary_alike(way, x, experts, weights))
-    # As words, of which there is no gradient.
-    rows, *rest = _out(AS_IT_IS, *vary_alike(way, jax.tree.map(pack, x), experts, weights))
-    return jax.tree.map(unpack, rows, x), *rest
+    if isinstance(x, ScaledArray):
+        # As words, which `permute` takes FP8 for again: so no view is left of a part of the rows.
+        return jax.tree.map(unpack, send(way, jax.tree.map(pack, x)), x)
+    return _out(wire, *vary_alike(way, x))
+
+
+def choices_to_shards(
+    way: Exchange, experts: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens' experts and weights [T, k] as rows on each shard. The weights' gradient is sent back.
+
+    They go ahead of the tokens, so that a shard sorts by them while it waits for these.
+    """
+    return _choices(*vary_alike(way, experts, weights))
 
 
 def from_shards(way: Exchange, rows: jax.Array, wire: Wire) -> jax.Array:
@@ -295,24 +283,30 @@ def from_shards(way: Exchange, rows: jax.Array, wire: Wire) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _out(wire, way, x, experts, weights):
-    return wire.send(way, x, experts, weights)
+def _out(wire, way, x):
+    return wire.send(way, x)
+
+
+@jax.custom_vjp
+def _choices(way, experts, weights):
+    return send(way, (experts, weights))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _back(wire, way, rows):
-    return wire.send_back(way, rows)[0]
-
-
-def _out_backward(wire, way, d):
-    d_rows, _, d_weights = d
-    d_x, d_own = wire.send_back(way, d_rows, d_weights)
-    return None, d_x.astype(d_rows.dtype), None, d_own.astype(d_weights.dtype)
+    return wire.send_back(way, rows)
 
 
 # What is kept of rows is their dtype, in none of them.
-_out.defvjp(lambda wire, way, *tokens: (wire.send(way, *tokens), way), _out_backward)
+_out.defvjp(
+    lambda wire, way, x: (wire.send(way, x), way),
+    lambda wire, way, d: (None, wire.send_back(way, d).astype(d.dtype)),
+)
+_choices.defvjp(
+    lambda way, *choices: (send(way, choices), way),
+    lambda way, d: (None, None, way.collect(way.send_back(d[1])).astype(d[1].dtype)),
+)
 _back.defvjp(
-    lambda wire, way, rows: (wire.send_back(way, rows)[0], (way, rows[:0])),
-    lambda wire, kept, d: (None, wire.send(kept[0], d.astype(kept[1].dtype))[0]),
+    lambda wire, way, rows: (wire.send_back(way, rows), (way, rows[:0])),
+    lambda wire, kept, d: (None, wire.send(kept[0], d.astype(kept[1].dtype))),
 )
