@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ..quantize import per_token_cast_to_fp8
-from ..scaled import ScaledArray
+from ..scaled import BLOCK, ScaledArray
 from .permutation import Permutation, permute, unpermute, vary_alike
 
 # XLA of JAX 0.11 and later takes no slow way between processes unless it is told to.
@@ -24,8 +24,11 @@ FALLBACK = "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback"
 class Exchange(Protocol):
     """A strategy's way for the tokens of one call."""
 
-    def send(self, x: jax.Array) -> jax.Array:
-        """[T, ...] of each device to [R, ...] of each shard."""
+    def spread(self, x: jax.Array) -> jax.Array:
+        """[T, ...] of a device as the rows that it sends."""
+
+    def send(self, rows: jax.Array) -> jax.Array:
+        """These of each device to [R, ...] of each shard."""
 
     def send_back(self, rows: jax.Array) -> jax.Array:
         """[R, ...] of each shard to where its tokens came from."""
@@ -43,8 +46,11 @@ class AllGather:
     axis: str
     shards: int
 
-    def send(self, x):
-        return jax.lax.all_gather(x, self.axis, tiled=True)
+    def spread(self, x):
+        return x
+
+    def send(self, rows):
+        return jax.lax.all_gather(rows, self.axis, tiled=True)
 
     def send_back(self, rows):
         return jax.lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
@@ -62,11 +68,14 @@ class AllToAll:
     plan: Permutation
     axis: str
 
-    def send(self, x):
-        return self.send_back(permute(x, self.plan))
+    def spread(self, x):
+        return permute(x, self.plan)
+
+    def send(self, rows):
+        return jax.lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
 
     def send_back(self, rows):
-        return jax.lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
+        return self.send(rows)
 
     def collect(self, rows):
         return unpermute(rows, self.plan)
@@ -99,9 +108,12 @@ class RaggedAllToAll:
         fitting = jnp.diff(ends, axis=0, prepend=0)
         return cls(plan, jnp.cumsum(sizes, 1) - sizes, fitting, axis, rows)
 
-    def send(self, x):
+    def spread(self, x):
+        return permute(x, self.plan)
+
+    def send(self, rows):
         there = jnp.cumsum(self.sizes, 0) - self.sizes
-        return self._move(permute(x, self.plan), self.rows, self.starts, there, self.sizes)
+        return self._move(rows, self.rows, self.starts, there, self.sizes)
 
     def send_back(self, rows):
         there = jnp.cumsum(self.sizes, 0) - self.sizes
@@ -173,6 +185,43 @@ def exchange(
     return RaggedAllToAll.of(Permutation.of(shard, shards, rows), axis, shards * room)
 
 
+ALIGNED = 16  # bytes that a thread of a GPU loads at once, at most
+
+
+def _words(columns: int, itemsize: int) -> int:
+    return -(-columns * itemsize // ALIGNED) * ALIGNED // 4
+
+
+def pack(arrays: Any) -> jax.Array:
+    """Arrays [T, n] of any dtypes side by side, as integers, whose bits XLA leaves alone."""
+
+    def words(x):
+        fill = -x.shape[1] % (ALIGNED // x.itemsize)
+        return jnp.pad(x, ((0, 0), (0, fill))).view(jnp.int32)
+
+    return jnp.concatenate([words(x) for x in jax.tree.leaves(arrays)], axis=1)
+
+
+def unpack(rows: jax.Array, arrays: Any) -> Any:
+    """Rows of what `pack` made of such arrays, as these."""
+    start = 0
+
+    def part(x):
+        nonlocal start
+        # A view of whole rows costs nothing; of a part of them, XLA would make a copy.
+        first = start * 4 // x.itemsize
+        start += _words(x.shape[1], x.itemsize)
+        return rows.view(x.dtype)[:, first : first + x.shape[1]]
+
+    return jax.tree.map(part, arrays)
+
+
+def send(way: Exchange, tokens: Any) -> Any:
+    """An array, or several in one collective."""
+    rows = jax.tree.map(way.spread, tokens)
+    return way.send(rows) if isinstance(rows, jax.Array) else unpack(way.send(pack(rows)), rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class Wire:
     """In which dtypes rows go over it, as they are if None; float8_e4m3fn is scaled per token."""
@@ -182,26 +231,50 @@ class Wire:
     implementation: str | None = None
 
     def send(self, way: Exchange, x: jax.Array) -> jax.Array:
-        rows = jax.tree.map(way.send, self._narrow(x, self.out))
-        return rows.dequantize(x.dtype) if isinstance(rows, ScaledArray) else rows.astype(x.dtype)
+        if self.out == jnp.float8_e4m3fn:
+            narrow = per_token_cast_to_fp8(x, implementation=self.implementation)
+            return send(way, narrow).dequantize(x.dtype)
+        return send(way, x if self.out is None else x.astype(self.out)).astype(x.dtype)
 
     def send_back(self, way: Exchange, rows: jax.Array) -> jax.Array:
-        return way.collect(jax.tree.map(way.send_back, self._narrow(rows, self.back)))
+        if self.back == jnp.float8_e4m3fn:
+            narrow, packed = self._cast_and_pack(rows)
+            return way.collect(unpack(way.send_back(packed), narrow))
+        return way.collect(way.send_back(rows if self.back is None else rows.astype(self.back)))
 
-    def _narrow(self, x: jax.Array, dtype: Any) -> Any:
-        if dtype == jnp.float8_e4m3fn:
-            return per_token_cast_to_fp8(x, implementation=self.implementation)
-        return x if dtype is None else x.astype(dtype)
+    def _cast_and_pack(self, x: jax.Array) -> tuple[ScaledArray, jax.Array]:
+        """The cast makes room for the scales: `pack` would copy what a kernel wrote."""
+        columns = x.shape[1]
+        blocks = -(-columns // BLOCK)
+        start = _words(columns, 1)
+        end = start + _words(blocks, 4)
+        # A last column's repeats change no block's scale, and XLA reads rows as fast as without.
+        wide = jnp.pad(x, ((0, 0), (0, 4 * end - columns)), mode="edge")
+        cast = per_token_cast_to_fp8(wide, implementation=self.implementation)
+        scale = cast.scale[:, :blocks]
+        packed = jax.lax.dynamic_update_slice(cast.data.view(jnp.int32), pack(scale), (0, start))
+        return ScaledArray(cast.data[:, :columns], scale), packed
 
 
-AS_IT_IS = Wire()
+def to_shards(way: Exchange, x: Any, wire: Wire) -> Any:
+    """Tokens [T, H] as rows on each shard. The gradient is sent back.
 
-
-def to_shards(way: Exchange, x: Any, wire: Wire = AS_IT_IS) -> Any:
-    """Tokens [T, ...] as rows on each shard. The gradient is sent back."""
-    if isinstance(x, ScaledArray) or not jnp.issubdtype(x.dtype, jnp.floating):
-        return jax.tree.map(way.send, x)
+    A `ScaledArray` is sent as it is, with no gradient: the cast that made it has none.
+    """
+    if isinstance(x, ScaledArray):
+        # As words, which `permute` takes FP8 for again: so no view is left of a part of the rows.
+        return jax.tree.map(unpack, send(way, jax.tree.map(pack, x)), x)
     return _out(wire, *vary_alike(way, x))
+
+
+def choices_to_shards(
+    way: Exchange, experts: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens' experts and weights [T, k] as rows on each shard. The weights' gradient is sent back.
+
+    They go ahead of the tokens, so that a shard sorts by them while it waits for these.
+    """
+    return _choices(*vary_alike(way, experts, weights))
 
 
 def from_shards(way: Exchange, rows: jax.Array, wire: Wire) -> jax.Array:
@@ -214,6 +287,11 @@ def _out(wire, way, x):
     return wire.send(way, x)
 
 
+@jax.custom_vjp
+def _choices(way, experts, weights):
+    return send(way, (experts, weights))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _back(wire, way, rows):
     return wire.send_back(way, rows)
@@ -223,6 +301,10 @@ def _back(wire, way, rows):
 _out.defvjp(
     lambda wire, way, x: (wire.send(way, x), way),
     lambda wire, way, d: (None, wire.send_back(way, d).astype(d.dtype)),
+)
+_choices.defvjp(
+    lambda way, *choices: (send(way, choices), way),
+    lambda way, d: (None, None, way.collect(way.send_back(d[1])).astype(d[1].dtype)),
 )
 _back.defvjp(
     lambda wire, way, rows: (wire.send_back(way, rows), (way, rows[:0])),

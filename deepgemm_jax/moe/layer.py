@@ -13,7 +13,7 @@ from .._core import compat
 from ..quantize import prepare_weight
 from ..scaled import ScaledArray
 from ..training import Recipe
-from .exchange import Wire, exchange, from_shards, to_shards
+from .exchange import Wire, choices_to_shards, exchange, from_shards, to_shards
 from .experts import local_experts, mlp, scaled
 from .routing import expert_load
 
@@ -351,11 +351,11 @@ class _Call:
             # Of so many tokens, spread evenly, those that have experts on one more shard.
             evenly = tokens * sent * (1 - (1 - 1 / (sent * size)) ** k)
             way = exchange(strategy, axis, size, experts, count, self._room(len(experts), evenly))
-            x = to_shards(way, x, self.wire)
             # What arrives in a row that is nobody's is zero.
-            experts = to_shards(way, experts + 1) - 1 - jax.lax.axis_index(axis) * count
+            experts, weights = choices_to_shards(way, experts + 1, weights)
+            x = to_shards(way, x, self.wire)
+            experts = experts - 1 - jax.lax.axis_index(axis) * count
             experts = jnp.where((experts >= 0) & (experts < count), experts, -1)
-            weights = to_shards(way, weights)
             ways.append(way)
             sent *= size
         masked = self.layout == "masked"
