@@ -121,7 +121,8 @@ def masked(groups, max_m, expected, n, k):
     valid = torch.tensor(counts, dtype=INT32)
     op = deep_gemm.m_grouped_fp8_fp4_gemm_nt_masked
     return Case(
-        functools.partial(op, a, weights(groups, n, k), d, valid, expected),
+        # As DeepGEMM's own tests hint at the rows of a group: somewhat more.
+        functools.partial(op, a, weights(groups, n, k), d, valid, int(1.2 * expected)),
         note=f"valid={counts.sum()}",
     )
 
