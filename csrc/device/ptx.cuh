@@ -109,15 +109,6 @@ __forceinline__ void tma_load(uint32_t shared, const TensorMap* map, uint32_t ba
   }
 }
 
-// Copies a multiple of 16 bytes from and to multiples of 16, which count towards the barrier.
-__forceinline__ void copy_bulk(uint32_t shared, const void* x, int bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared),
-      "l"(x), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-
 // Copies 8 or 16 bytes in the background, or writes zeros if there is nothing to read.
 template <int bytes>
 __forceinline__ void copy_async_or_clear(void* to, const void* x, bool valid) {

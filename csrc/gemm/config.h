@@ -51,13 +51,11 @@ struct Config {
   constexpr int b_bytes() const { return block_n * kRowBytes; }
   // A tile that is not aligned with B's blocks of 128 columns may touch two of them.
   constexpr int scales_per_row() const { return 128 % block_n == 0 ? 1 : 2; }
-  // The copy engine starts at multiples of 16 bytes, up to three scales before the first.
-  constexpr int a_scales() const { return block_m + 4; }
   constexpr int scale_bytes() const {
     return scales == kNoScales   ? 0
-           : scales == kBlocks   ? (a_scales() + 4) * 4
+           : scales == kBlocks   ? block_m * scales_per_row() * 4
            : scales == kChannels ? (block_m + block_n) / kFactorRows * kFactorBytes
-                                 : (a_scales() + block_n) * 4;
+                                 : (block_m + block_n) * 4;
   }
   // A bfloat16 D leaves through shared memory and the copy engine, so that the next tile need not
   // wait for it, in boxes as wide as a swizzled row may be.
@@ -121,15 +119,14 @@ constexpr int kRunsThreads = 1024;  // of the kernel that finds the spans of row
 
 struct Params {
   TensorMap a, b;
-  TensorMap store;       // sm90.cuh: D in boxes of 16 rows, if `copy_engine`
-  const float* a_scale;  // kBlocks, kChannels: [batch, ceil(k / 128), m]. kRows: [batch, m]
-  const float* b_scale;  // kBlocks: [batch, ceil(n / 128), ceil(k / 128)]. Others as A's, of n
-  const float *a_scale_end, *b_scale_end;  // sm90.cuh: behind the last one
-  void* d;                                 // [batch, m, n]
-  const Span* spans;                       // kContiguous: by rows, up to one that starts at m
-  const int* sizes;                        // kMasked: the rows of each group
-  const int *starts, *ends;                // kAlongK: of each group, along K
-  int num_groups;                          // kMasked, kAlongK
+  TensorMap store;           // sm90.cuh: D in boxes of 16 rows, if `copy_engine`
+  const float* a_scale;      // kBlocks, kChannels: [batch, ceil(k / 128), m]. kRows: [batch, m]
+  const float* b_scale;      // kBlocks: [batch, ceil(n / 128), ceil(k / 128)]. Others as A's, of n
+  void* d;                   // [batch, m, n]
+  const Span* spans;         // kContiguous: by rows, up to one that starts at m
+  const int* sizes;          // kMasked: the rows of each group
+  const int *starts, *ends;  // kAlongK: of each group, along K
+  int num_groups;            // kMasked, kAlongK
   int m, n, k;
   int accumulate;          // D += A B^T, otherwise D = A B^T
   int copy_engine;         // may write a bfloat16 D: its rows are 16-byte aligned

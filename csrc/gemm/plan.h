@@ -62,9 +62,6 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   p.k = config.a_mn_major ? x.a.rows : x.a.columns;
   p.blocks_n = ceil_div(p.n, 128);
   p.blocks_k = ceil_div(p.k, config.block_k());
-  const int64_t scales_k = config.scales == kRows ? 1 : p.blocks_k;
-  p.a_scale_end = p.a_scale + x.a.batch * scales_k * p.m;
-  p.b_scale_end = p.b_scale + x.b.batch * scales_k * (config.scales == kBlocks ? p.blocks_n : p.n);
   p.spans = x.spans;
   p.sizes = p.starts = x.groups[0];
   p.ends = x.groups[1];

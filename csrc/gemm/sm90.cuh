@@ -26,7 +26,7 @@ namespace deepgemm::gemm {
 // Registers move from the producer, which needs few, to the consumers; a launch gives each thread
 // the same share of 65,536, in multiples of 8, and the shares cannot grow beyond what it gave.
 constexpr int kLaunchRegisters = 65536 / config.threads() / 8 * 8;
-constexpr int kProducerRegisters = config.consumers == 2 && kScaleWarps == 0 ? 40 : 56;
+constexpr int kProducerRegisters = config.consumers == 2 && config.scales != kChannels ? 40 : 56;
 constexpr int kConsumerRegisters =
     (kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / config.consumers) / 8 * 8;
 // One consumer gets enough from the launch.
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     prefetch(&params.a);
     prefetch(&params.b);
     for (; ring.parity == 0; ring.advance()) {
-      barrier_init(ring.full(), 1 + kCopiesScales + kScaleWarps);
+      barrier_init(ring.full(), 1 + kScaleWarps);
       barrier_init(ring.empty(), config.cluster() * config.consumers * 4);  // each consumer warp
     }
     ring.parity = 0;
@@ -61,7 +61,13 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     if (warp % 4 == 0) {
       if (elect_one()) copy_tiles(params, ring);
     } else if (warp % 4 <= kScaleWarps) {
-      copy_scales(params, ring, threadIdx.x % 128 - 32);
+      const int thread = threadIdx.x % 128 - 32;
+      if constexpr (config.scales == kChannels) {
+        LaneFactors::clear(ring, thread);
+        copy_scales<LaneFactors>(params, ring, thread);
+      } else {
+        copy_scales<LaneScales>(params, ring, thread);
+      }
     }
   } else {
     if constexpr (kMoveRegisters) grow_registers<kConsumerRegisters>();

@@ -113,16 +113,10 @@ __forceinline__ void cut(const Ring& ring, uint32_t tile, int i) {
   named_barrier(1, config.consumers * 128);
 }
 
-// How many blocks the tile has, which is told with its first slot; see announce.
+// How many blocks the tile has, which is told with its first slot; 0 at the end.
 __forceinline__ int begin_tile(Reader& reader, int tile) {
   reader.wait();
   return uniform(load_shared_int(reader.ring.tile(tile) + 16));
-}
-
-// Gives back the slot of a tile without blocks.
-__forceinline__ void skip(Reader& reader) {
-  release(reader.ring);
-  reader.advance();
 }
 
 __forceinline__ void begin_block(Reader& reader, int tile, int i, int blocks) {
@@ -155,10 +149,10 @@ __forceinline__ void promote(Part& sum, const Part& part, const float (&scale)[2
 
 // What a thread's elements of a product are multiplied by: the scales of their rows and columns.
 __forceinline__ void load_factors(Part& factors, const Ring& slot, int row) {
-  const float scale[2] = {load_shared(slot.a_scale(row)), load_shared(slot.a_scale(row + 8))};
+  const float scale[2] = {load_shared(slot.scale(row)), load_shared(slot.scale(row + 8))};
 #pragma unroll
   for (int chunk = 0; chunk < config.block_n / 8; ++chunk) {
-    const float2 column = load_shared_pair(slot.b_scale(8 * chunk + threadIdx.x % 4 * 2));
+    const float2 column = load_shared_pair(slot.scale(8 * chunk + threadIdx.x % 4 * 2, 1));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       factors[4 * chunk + 2 * half] = scale[half] * column.x;
@@ -268,7 +262,6 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
     const int blocks = begin_tile(reader, tile);
     if (blocks == 0) break;
     const int boundary = 128 - int(uniform(load_shared_int(reader.ring.tile(tile) + 8)) % 128);
-    int shift = uniform(load_shared_int(reader.ring.tile(tile) + 20));
     for (int i = 0; i < blocks; ++i) {
       begin_block(reader, tile, i, blocks);
 #pragma unroll
@@ -281,13 +274,11 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
         const Ring slot = reader.ring;
         if constexpr (config.scales == kBlocks) {
           // Read while the product runs.
-          const int row = shift + warp_row + w * kWaveRows + threadIdx.x % 32 / 4;
+          const int row = warp_row + w * kWaveRows + threadIdx.x % 32 / 4;
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float a = load_shared(slot.a_scale(row + half * 8));
-#pragma unroll
-            for (int j = 0; j < kScalesPerRow; ++j)
-              scale[half][j] = a * load_shared(slot.b_scale(j));
+          for (int j = 0; j < 2 * kScalesPerRow; ++j) {
+            const int half = j / kScalesPerRow, which = j % kScalesPerRow;
+            scale[half][which] = load_shared(slot.scale(row + half * 8, which));
           }
         }
         wgmma_wait<0>();
@@ -304,9 +295,7 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
           for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += factors[factor_of(j)] * part[j];
         }
       }
-      shift = (shift + p.m) & 3;
     }
-    if (blocks < 0) skip(reader);
     finish(p, sum, reader.ring, tile, warp_row);
   }
 }
@@ -350,7 +339,6 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
     }
     wgmma_wait<0>();
     pin_all();
-    if (blocks < 0) reader.advance();
     const int warp_row = reader.warp_row();
     if constexpr (promotes) {
       Part factors;

@@ -1,5 +1,4 @@
-// The warps of sm90.cuh that fill the ring: the copy thread, and where each column has a scale the
-// scale warps.
+// The warps of sm90.cuh that fill the ring: the copy thread, and the scale warps.
 #pragma once
 
 #include "gemm/sm90_ring.cuh"
@@ -22,75 +21,13 @@ __forceinline__ void load(uint32_t shared, const TensorMap& map, uint32_t barrie
   }
 }
 
-// What the copy thread brings of the scales with a block of K.
-struct TileScales {
-  static constexpr int kB = config.scales == kBlocks ? kScalesPerRow : 1;
-
-  const Params& p;
-  const float *a, *b[kB];  // the tile's first ones, in the first block of K
-  int rows, columns;       // how many there are of each
-
-  __forceinline__ TileScales(const Params& p, const Tiles& tile)
-      : p(p),
-        rows(min(p.m - tile.m0, config.block_m)),
-        columns(min(p.n - tile.n0, config.block_n)) {
-    const long long blocks_k = config.scales == kRows ? 1 : p.blocks_k;
-    a = p.a_scale + tile.a_batch * blocks_k * p.m + tile.m0;
-    for (int i = 0; i < kB; ++i) {
-      const int block = min(tile.n0 / 128 + i, p.blocks_n - 1);
-      b[i] = config.scales == kRows
-                 ? p.b_scale + tile.b_batch * static_cast<long long>(p.n) + tile.n0
-                 : p.b_scale + (tile.b_batch * p.blocks_n + block) * blocks_k;
-    }
-  }
-
-  // How many floats a block's scales of A lie behind a multiple of 16 bytes.
-  __forceinline__ int shift(int kb) const {
-    return reinterpret_cast<uint64_t>(a + static_cast<long long>(kb) * p.m) / 4 % 4;
-  }
-
-  // Brings floats; returns how many bytes of them the barrier is to expect. The others count as
-  // the thread's own copies: what is not aligned, and the last few of all.
-  static __forceinline__ int bring(uint32_t shared, const float* x, int count, const float* end,
-                                   uint32_t barrier) {
-    const long long left = (end - x) / 4 * 4;
-    const int whole = reinterpret_cast<uint64_t>(x) % 16 ? 0 : min(ceil_div(count, 4) * 4LL, left);
-    if (whole > 0) copy_bulk(shared, x, whole * 4, barrier);
-    for (int i = whole; i < count; ++i) copy_async(shared + i * 4, x + i);
-    return whole * 4;
-  }
-
-  // Of a block; if scales are the same for all of K, with the last one.
-  __forceinline__ int bring(const Ring& ring, int kb, bool last) const {
-    int bytes = 0;
-    if constexpr (config.scales == kBlocks) {
-      const float* x = a + static_cast<long long>(kb) * p.m;
-      if (rows > 0) {
-        bytes = bring(ring.a_scale(), x - shift(kb), rows + shift(kb), p.a_scale_end, ring.full());
-      }
-      for (int i = 0; i < kB; ++i) copy_async(ring.b_scale(i), b[i] + kb);
-    } else if (last) {
-      bytes = bring(ring.a_scale(), a, rows, p.a_scale_end, ring.full()) +
-              bring(ring.b_scale(), b[0], columns, p.b_scale_end, ring.full());
-    }
-    barrier_arrive_after_copies(ring.full());
-    return bytes;
-  }
-};
-
-// What the consumers are told of a tile, before its first slot is full: where it belongs, and its
-// blocks; at the end 0, and of a tile that has none -1, either in a slot without data.
-__forceinline__ void announce(uint32_t shared, const Tiles& tile, int shift) {
-  const int first_block = tile.first_block(), blocks = tile.last_block() - first_block;
+// What the consumers are told of a tile, before its first slot is full. One without blocks, in a
+// slot without data, is the end.
+__forceinline__ void announce(uint32_t shared, const Tiles& tile) {
   store_shared_quad(shared, make_uint4(tile.m0, tile.m_end, tile.n0, tile.d_batch));
+  const int first_block = tile.first_block();
   store_shared_quad(shared + 16,
-                    make_uint4(blocks ? blocks : -1, config.groups == kAlongK ? first_block : shift,
-                               tile.k0, tile.k_end));
-}
-
-__forceinline__ void arrive_without_data(const Ring& ring) {
-  barrier_arrive(ring.full());
-  if (kCopiesScales) barrier_arrive(ring.full());
+                    make_uint4(tile.last_block() - first_block, first_block, tile.k0, tile.k_end));
 }
 
 __forceinline__ void copy_tiles(const Params& p, Ring ring) {
@@ -104,19 +41,11 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   for (int i = 0; i < config.cluster_m; ++i) b_peers |= 1 << (i + tile.n_rank * config.cluster_m);
   int number = 0;
   for (; !tile.done; tile.next(), number = next_tile(number)) {
-    const TileScales scales(p, tile);
-    const int first_block = tile.first_block(), last_block = tile.last_block();
-    barrier_wait(ring.empty(), ring.parity ^ 1);
-    announce(ring.tile(number), tile, scales.shift(0));
-    if (first_block == last_block) {
-      arrive_without_data(ring);
-      ring.advance();
-    }
-    for (int kb = first_block; kb < last_block; ++kb, ring.advance()) {
+    const int last_block = tile.last_block();
+    for (int kb = tile.first_block(); kb < last_block; ++kb, ring.advance()) {
       barrier_wait(ring.empty(), ring.parity ^ 1);
-      int bytes = config.a_bytes() + config.b_bytes();
-      if constexpr (kCopiesScales) bytes += scales.bring(ring, kb, kb == last_block - 1);
-      barrier_arrive_expect(ring.full(), bytes);
+      if (kb == tile.first_block()) announce(ring.tile(number), tile);
+      barrier_arrive_expect(ring.full(), config.a_bytes() + config.b_bytes());
       load<config.a_mn_major, a_rows, config.cluster_n>(ring.a() + a_part * kRowBytes, p.a,
                                                         ring.full(), kb, tile.m0 + a_part,
                                                         tile.a_batch, a_peers);
@@ -127,13 +56,81 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   }
   barrier_wait(ring.empty(), ring.parity ^ 1);
   store_shared_quad(ring.tile(number) + 16, make_uint4(0, 0, 0, 0));
-  arrive_without_data(ring);
+  barrier_arrive(ring.full());
 }
 
-// What one lane of the scale warps brings (kChannels). What a tile's elements are multiplied by,
-// rows' scales times columns', is left to the tensor core: a scale is the sum of three bfloat16,
-// exactly, and the nine products of A's parts and B's are added up along nine of 16 of K. A lane
-// brings two neighbours of every 64 rows that its warp brings.
+// What one lane of the scale warps brings of each block of K.
+struct LaneScales {
+  static constexpr int kStride = 32 * (kScaleWarps ? kScaleWarps : 1);
+  static constexpr int kA = config.block_m / kStride;
+  static constexpr int kB = config.scales == kBlocks ? kScalesPerRow : config.block_n / kStride;
+
+  const Params& p;
+  int lane;
+  const float *a, *b;  // the lane's first scale of A and of B, in the first block of K
+  int a_rows, b_rows;  // how many rows there are from there on
+  int last_block;
+
+  struct Block {
+    float a[kA], b[kB];
+  };
+
+  __forceinline__ LaneScales(const Params& p, const Tiles& tile, int lane)
+      : p(p), lane(lane), last_block(min(tile.last_block(), p.blocks_k) - 1) {
+    const long long blocks_k = config.scales == kRows ? 1 : p.blocks_k;
+    a = p.a_scale + tile.a_batch * blocks_k * p.m + tile.m0 + lane;
+    a_rows = p.m - tile.m0 - lane;
+    if constexpr (config.scales == kBlocks) {
+      const int block = min(tile.n0 / 128, p.blocks_n - 1);
+      b = p.b_scale + (tile.b_batch * p.blocks_n + block) * blocks_k;
+      b_rows = p.blocks_n - block;
+    } else {
+      b = p.b_scale + tile.b_batch * blocks_k * p.n + tile.n0 + lane;
+      b_rows = p.n - tile.n0 - lane;
+    }
+    if (tile.empty()) a_rows = b_rows = 0;
+  }
+
+  __forceinline__ void load(Block& x, int kb) const {
+    kb = config.scales == kRows ? 0 : min(kb, last_block);
+    const float* a_block = a + static_cast<long long>(kb) * p.m;
+#pragma unroll
+    for (int j = 0; j < kA; ++j) x.a[j] = j * kStride < a_rows ? __ldg(a_block + j * kStride) : 0;
+    if constexpr (config.scales == kBlocks) {
+#pragma unroll
+      for (int j = 0; j < kB; ++j) {
+        x.b[j] = b_rows > 0 ? __ldg(b + (j < b_rows ? j * p.blocks_k : 0) + kb) : 0;
+      }
+    } else {
+      const float* b_block = b + static_cast<long long>(kb) * p.n;
+#pragma unroll
+      for (int j = 0; j < kB; ++j) x.b[j] = j * kStride < b_rows ? __ldg(b_block + j * kStride) : 0;
+    }
+  }
+
+  // Multiplies, if it can, where nobody waits: then a consumer has a single factor a row.
+  __forceinline__ void store(const Block& x, const Ring& ring) const {
+#pragma unroll
+    for (int j = 0; j < kA; ++j) {
+      const int row = lane + j * kStride;
+      if constexpr (config.scales == kBlocks) {
+#pragma unroll
+        for (int i = 0; i < kB; ++i) store_shared(ring.scale(row, i), x.a[j] * x.b[i]);
+      } else {
+        store_shared(ring.scale(row), x.a[j]);
+      }
+    }
+    if constexpr (config.scales != kBlocks) {
+#pragma unroll
+      for (int j = 0; j < kB; ++j) store_shared(ring.scale(lane + j * kStride, 1), x.b[j]);
+    }
+  }
+};
+
+// The same for kChannels. What a tile's elements are multiplied by, rows' scales times columns', is
+// left to the tensor core: a scale is the sum of three bfloat16, exactly, and the nine products of
+// A's parts and B's are added up along nine of 16 of K. A lane brings two neighbours of every 64
+// rows that its warp brings.
 struct LaneFactors {
   static constexpr int kParts = 3;
   static constexpr int kOfA = config.block_m / kFactorRows;
@@ -154,7 +151,10 @@ struct LaneFactors {
   __forceinline__ bool of_a(int i) const { return box(i) < kOfA; }
 
   __forceinline__ LaneFactors(const Params& p, const Tiles& tile, int thread)
-      : p(p), warp(uniform(thread / 32)), lane(thread % 32), last_block(tile.last_block() - 1) {
+      : p(p),
+        warp(uniform(thread / 32)),
+        lane(thread % 32),
+        last_block(min(tile.last_block(), p.blocks_k) - 1) {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const int size = of_a(i) ? p.m : p.n;
@@ -162,7 +162,7 @@ struct LaneFactors {
           of_a(i) ? tile.m0 + box(i) * kFactorRows : tile.n0 + (box(i) - kOfA) * kFactorRows;
       const long long batch = of_a(i) ? tile.a_batch : tile.b_batch;
       first[i] = (of_a(i) ? p.a_scale : p.b_scale) + batch * p.blocks_k * size + row + 2 * lane;
-      rows[i] = box(i) >= kOfBoth ? 0 : size - row - 2 * lane;
+      rows[i] = tile.empty() || box(i) >= kOfBoth ? 0 : size - row - 2 * lane;
     }
   }
 
@@ -216,38 +216,38 @@ struct LaneFactors {
   }
 };
 
+template <class Scales>
 __forceinline__ void copy_scales(const Params& p, Ring ring, int thread) {
-  // So many blocks' loads are under way at once, or their latency would set the pace; and all of
-  // them together, because the fence in `store` waits for every load that is.
-  constexpr int at_once = 4;
-  const auto pass_on = [&] {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
-    ring.advance();
-  };
-  LaneFactors::clear(ring, thread);
+  // So many blocks' loads are in flight, or their latency would set the pace. The next ones start
+  // as soon as there is room, but where a fence (see LaneFactors) would wait for them: there so
+  // many at once.
+  constexpr int ahead = config.scales == kBlocks ? 4 : config.scales == kChannels ? 4 : 1;
+  constexpr bool at_once = config.scales == kChannels;
   for (Tiles tile(p); !tile.done; tile.next()) {
-    const LaneFactors factors(p, tile, thread);
+    const Scales scales(p, tile, thread);
     const int first_block = tile.first_block(), last_block = tile.last_block();
-    for (int kb = first_block; kb < last_block; kb += at_once) {
-      LaneFactors::Block blocks[at_once];
+    typename Scales::Block blocks[ahead];
+    const auto load_all = [&](int kb) {
 #pragma unroll
-      for (int i = 0; i < at_once; ++i) factors.load(blocks[i], kb + i);
+      for (int i = 0; i < ahead; ++i) scales.load(blocks[i], kb + i);
+    };
+    if (!at_once) load_all(first_block);
+    for (int kb = first_block; kb < last_block; kb += ahead) {
+      if (at_once) load_all(kb);
 #pragma unroll
-      for (int i = 0; i < at_once; ++i) {
+      for (int i = 0; i < ahead; ++i) {
         if (kb + i == last_block) break;
         barrier_wait(ring.empty(), ring.parity ^ 1);
-        factors.store(blocks[i], ring);
-        pass_on();
+        scales.store(blocks[i], ring);
+        if (config.scales == kBlocks) scales.load(blocks[i], kb + i + ahead);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
+        ring.advance();
       }
-    }
-    if (first_block == last_block) {
-      barrier_wait(ring.empty(), ring.parity ^ 1);
-      pass_on();
     }
   }
   barrier_wait(ring.empty(), ring.parity ^ 1);
-  pass_on();
+  if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
 }
 
 }  // namespace deepgemm::gemm

@@ -10,9 +10,7 @@ namespace deepgemm::gemm {
 constexpr Config config{CONFIG};
 
 constexpr int kScalesPerRow = config.scales_per_row();
-// Who brings scales: the copy thread, or warps of their own.
-constexpr bool kCopiesScales = config.scales == kBlocks || config.scales == kRows;
-constexpr int kScaleWarps = config.scales == kChannels ? 2 : 0;
+constexpr int kScaleWarps = config.scale_bytes() ? 2 : 0;
 
 // Where things are in shared memory: slots of A, of B, D on its way out, slots of scales, barriers.
 // A position in the ring is a slot, and the parity of how often the ring has gone round.
@@ -31,13 +29,13 @@ struct Ring {
   uint32_t a() const { return memory + slot * config.a_bytes(); }
   uint32_t b() const { return memory + kB + slot * config.b_bytes(); }
   uint32_t d() const { return memory + kD; }
-  uint32_t a_scale(int row = 0) const {
-    return memory + kScales + slot * config.scale_bytes() + row * 4;
+  uint32_t scales() const { return memory + kScales + slot * config.scale_bytes(); }
+  // kBlocks: of a row, with the first or second block of columns. kRows: of A's rows, then B's.
+  uint32_t scale(int row, int which = 0) const {
+    return scales() + (which * config.block_m + row) * 4;
   }
-  // kBlocks: of the tile's first or second block of columns. kRows: of a column.
-  uint32_t b_scale(int i = 0) const { return a_scale(config.a_scales() + i); }
   // kChannels: of a multiple of kFactorRows rows; A's, then B's.
-  uint32_t factors(int row) const { return a_scale() + row / kFactorRows * kFactorBytes; }
+  uint32_t factors(int row) const { return scales() + row / kFactorRows * kFactorBytes; }
   // Of a tile, counted round and round.
   uint32_t tile(int number) const { return memory + kTiles + number * kTileBytes; }
   uint32_t full() const { return memory + kFull + slot * 8; }
@@ -98,7 +96,8 @@ struct Tiles {
         k_end = span.end;
         span.start = 0;
       } else {
-        k_end = span.group < 0 ? 0 : p.k;
+        k0 = span.group < 0 ? p.blocks_k * config.block_k() : 0;
+        k_end = p.k;
         span.group = max(span.group, 0);
         if constexpr (config.groups == kContiguous) m_end = span.end;
       }
@@ -137,11 +136,12 @@ struct Tiles {
     locate();
   }
 
-  // Blocks of K, counted from K's beginning wherever the group's is. Where nothing is to be added
-  // up there are none.
+  // Blocks of K, counted from K's beginning wherever the group's is. There is one at least: where
+  // nothing is to be added up, of zeros, which lie behind K's end or are cut out.
+  __forceinline__ bool empty() const { return k_end <= k0; }
   __forceinline__ int first_block() const { return k0 / config.block_k(); }
   __forceinline__ int last_block() const {
-    return k_end > k0 ? ceil_div(k_end, config.block_k()) : first_block();
+    return empty() ? first_block() + 1 : ceil_div(k_end, config.block_k());
   }
 };
 

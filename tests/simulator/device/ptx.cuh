@@ -103,14 +103,6 @@ inline void tma_load_once(uint32_t shared, const TensorMap* map, uint32_t barrie
   tma_load<1>(shared, map, barrier, x, y, z, 0);
 }
 
-inline void copy_bulk(uint32_t shared, const void* x, int bytes, uint32_t barrier) {
-  if (bytes <= 0 || (shared | bytes | reinterpret_cast<uintptr_t>(x)) % 16) sim::fail("odd bytes");
-  sim::later([=] {
-    std::memcpy(sim::shared(shared, bytes), x, bytes);
-    sim::advance(sim::barrier(barrier), 0, -bytes);
-  });
-}
-
 template <int bytes>
 void copy_async_or_clear(void* to, const void* x, bool valid) {
   valid ? std::memcpy(to, x, bytes) : std::memset(to, 0, bytes);
