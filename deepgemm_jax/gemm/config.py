@@ -224,7 +224,7 @@ BF16_TILES = (
 # For small problems and odd widths; many groups fill the GPU without.
 DENSE_FP8_TILES = (
     Tile(192, 128, 3, 1, 1, 0.566, 0.8),
-    Tile(192, 96, 3, 1, 1, 0.422, 0.7),
+    Tile(192, 96, 3, 1, 1, 0.447, 0.7),
     Tile(128, 144, 2, 1, 1, 0.447, 0.8),
     Tile(128, 32, 2, 1, 1, 0.240, 0.7),
     Tile(64, 32, 1, 1, 1, 0.220, 0.7),
@@ -238,6 +238,8 @@ DENSE_BF16_TILES = (
 TIMES = {"channels": 1.2, "rows": 0.88}
 LAUNCH_US = 4.2  # until the first bytes are there
 BYTES_PER_US = 4.5e6  # of device memory
+# Tiles that so few rows of A leave nearly empty read B no faster than that.
+FEW, FEW_BYTES_PER_US = 32, 2.6e6
 L2_BYTES = 50e6
 WRITTEN_BACK_US = 0.07e-6  # for each byte, as long as L2 is full of what was written before
 
@@ -349,7 +351,8 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     blocks = math.ceil(problem.k / problem.block_k)
     block_us = tile.block_us * TIMES.get(problem.scales, 1)
     busy_us = rounds * (blocks * block_us + tile.store_us)
-    memory_us = moved / BYTES_PER_US + min(moved, L2_BYTES) * WRITTEN_BACK_US
+    pace = BYTES_PER_US if grouped or problem.m > FEW else FEW_BYTES_PER_US
+    memory_us = moved / pace + min(moved, L2_BYTES) * WRITTEN_BACK_US
     # Of many small problems each takes its turn at waiting for memory.
     both_us = np.linalg.norm((busy_us, memory_us), 3 if grouped else np.inf)
     return float(LAUNCH_US + both_us) * 1e-6
