@@ -82,7 +82,7 @@ def test_two_gpus(expected, strategy, recipe):
     assert stats.dropped == 0
 
 
-def two_processes(strategy: str, flags: str):
+def two_processes(strategy: str, recipe: str, flags: str):
     address = free_address()
     return [
         start(
@@ -91,6 +91,7 @@ def two_processes(strategy: str, flags: str):
             i,
             2,
             strategy,
+            recipe,
             JAX_PLATFORMS="cuda",
             CUDA_VISIBLE_DEVICES=str(i),
             XLA_PYTHON_CLIENT_PREALLOCATE="false",
@@ -101,10 +102,11 @@ def two_processes(strategy: str, flags: str):
 
 
 @pytest.mark.multigpu
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
 @pytest.mark.parametrize("strategy", ["all_gather", "all_to_all", "ragged_all_to_all"])
-def test_two_processes(strategy):
+def test_two_processes(strategy, recipe):
     flags = f"--{FALLBACK}=true" if strategy == "ragged_all_to_all" else ""
-    for process in two_processes(strategy, flags):
+    for process in two_processes(strategy, recipe, flags):
         output, _ = process.communicate(timeout=300)
         # It compares by itself. What it says at last may not be its last line: so may a library's.
         assert process.returncode == 0, output
@@ -112,7 +114,7 @@ def test_two_processes(strategy):
 
 @pytest.mark.multigpu
 def test_ragged_all_to_all_between_processes_says_which_flag_it_needs():
-    for process in two_processes("ragged_all_to_all", ""):
+    for process in two_processes("ragged_all_to_all", "bf16", ""):
         output, _ = process.communicate(timeout=300)
         assert process.returncode != 0
         assert f"XLA_FLAGS=--{FALLBACK}=true" in output
