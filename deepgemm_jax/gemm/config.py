@@ -353,8 +353,8 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     busy_us = rounds * (blocks * block_us + tile.store_us)
     pace = BYTES_PER_US if grouped or problem.m > FEW else FEW_BYTES_PER_US
     memory_us = moved / pace + min(moved, L2_BYTES) * WRITTEN_BACK_US
-    # Of many small problems each takes its turn at waiting for memory.
-    both_us = np.linalg.norm((busy_us, memory_us), 3 if grouped else np.inf)
+    # Of many small problems each takes its turn at waiting for memory: their 3-norm is what fits.
+    both_us = (busy_us**3 + memory_us**3) ** (1 / 3) if grouped else max(busy_us, memory_us)
     return float(LAUNCH_US + both_us) * 1e-6
 
 
