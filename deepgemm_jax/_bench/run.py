@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -124,17 +124,14 @@ def measure_all(
     """Measures and prints the rows; returns how many of them failed."""
     failures = 0
     measured = []
-    # Compiling is timed meanwhile: the GPU's own clock does not notice.
     with Progress("bench", len(rows)) as progress, ThreadPoolExecutor(1) as compiler:
         progress.print(_line(list(COLUMNS)))
         for benchmark, shape in rows:
             try:
-                case = benchmark.case(*shape)
-                row = measure(benchmark.op, shape, case, timer)
+                row = measure(benchmark, shape, timer, compiler)
                 row |= references.compare(row, benchmark.compared_with)
                 results.add(row)
-                compiling = compiler.submit(compile_ms, case.variant)
-                measured.append((benchmark, shape, row, compiling))
+                measured.append((benchmark, shape, row))
                 progress.print(_line([text(row) for _, text in COLUMNS.values()]))
             except Exception:
                 # The next row may well succeed, and each costs time on a GPU.
@@ -142,16 +139,17 @@ def measure_all(
                 progress.print(f"{benchmark.op} {shape} failed: {traceback.format_exc()}")
             progress.advance(f"{benchmark.op} {shape}")
     # Last of all: once JAX's own profiler has run in a process, CUPTI drops records of the timer's.
-    for benchmark, shape, row, compiling in measured:
-        row["compile_ms"], row["cached_ms"] = compiling.result()
+    for benchmark, shape, row in measured:
         if shape in benchmark.chained:
-            row |= measure_chain(benchmark.case(*shape))
-        results.add(row)
+            results.add(row | measure_chain(benchmark.case(*shape)))
     print_summary(results.rows)
     return failures
 
 
-def measure(op: str, shape: tuple, case: Case, timer: Timer) -> Row:
+def measure(benchmark: Benchmark, shape: tuple, timer: Timer, compiler: Executor) -> Row:
+    case = benchmark.case(*shape)
+    # In the background: the GPU's own clock does not notice.
+    compiling = compiler.submit(compile_ms, case.variant)
     call = compiled(case.program)
     error = case.error(call())
     if not error < WRONG:
@@ -159,7 +157,7 @@ def measure(op: str, shape: tuple, case: Case, timer: Timer) -> Row:
     kernels = timer(call)
     us = mean_us(kernels, timer.calls, ENTRY_POINT)
     row = {
-        "op": op,
+        "op": benchmark.op,
         "shape": list(shape),
         "us": us,
         "tflops": case.flops / us / 1e6,
@@ -170,7 +168,9 @@ def measure(op: str, shape: tuple, case: Case, timer: Timer) -> Row:
     }
     for name, program in case.others.items():
         row[f"{name}_us"] = mean_us(timer(compiled(program)), timer.calls)
-    return row | {"config": dict(case.config)}
+    row["compile_ms"], row["cached_ms"] = compiling.result()
+    row["config"] = dict(case.config)
+    return row
 
 
 def measure_chain(case: Case) -> Row:
