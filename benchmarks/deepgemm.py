@@ -25,10 +25,11 @@ from deep_gemm.utils import per_block_cast_to_fp8, per_token_cast_to_fp8
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from deepgemm_jax._bench.attention import BLOCK_KV
-from deepgemm_jax._bench.grouped import ALIGNED, sizes
+from deepgemm_jax._bench.attention import BLOCK_KV, paged_lengths
+from deepgemm_jax._bench.grouped import ALIGNED, padded_ids, sizes
 from deepgemm_jax._bench.registry import BENCHMARKS
 from deepgemm_jax._bench.results import Results, gpu_slug
+from deepgemm_jax._bench.run import chosen
 from deepgemm_jax._cli.info import driver_version
 
 CALLS = 30
@@ -104,9 +105,8 @@ def bf16_gemm_nt(m, n, k):
 
 def contiguous(op, a, b, groups, expected, n, k):
     """Groups that are filled up with rows of none, as DeepGEMM wants them."""
-    counts, aligned = sizes(groups, expected), sizes(groups, expected, ALIGNED)
-    ids = np.stack([np.arange(groups), np.full(groups, -1)], 1).reshape(-1)
-    ids = ids.repeat(np.stack([counts, aligned - counts], 1).reshape(-1))
+    counts = sizes(groups, expected)
+    ids = padded_ids(counts, ALIGNED)
     d = torch.empty(len(ids), n, dtype=BF16)
     return Case(
         functools.partial(op, a(len(ids), k), b(groups, n, k), d, torch.tensor(ids, dtype=INT32)),
@@ -164,7 +164,7 @@ def mqa_logits(s, t, h, d, dtype):
 
 def paged_mqa_logits(b, n, h, d, context, dtype):
     """b sequences of n queries each, whose keys lie anywhere; as many as in our own case."""
-    lengths = np.random.default_rng(0).integers(int(0.7 * context), int(1.3 * context), b)
+    lengths = paged_lengths(np.random.default_rng(0), b, context)
     pages = -(-lengths // BLOCK_KV)
     count = int(pages.sum())
     free = torch.randperm(count, dtype=INT32).split(pages.tolist())
@@ -259,17 +259,11 @@ def measure(op, shape, timer):
     return row
 
 
-def chosen(ops):
+def compared(ops):
     """The rows of bench that are compared with DeepGEMM's, once each."""
-    names = [(benchmark.compared_with or benchmark.op, benchmark) for benchmark in BENCHMARKS]
-    return list(
-        dict.fromkeys(
-            (op, shape)
-            for op, benchmark in names
-            if op in CASES and (not ops or op in ops or op.split(" ")[0] in ops)
-            for shape in benchmark.shapes
-        )
-    )
+    rows = chosen(BENCHMARKS, ops, None)
+    named = ((benchmark.compared_with or benchmark.op, shape) for benchmark, shape in rows)
+    return list(dict.fromkeys(row for row in named if row[0] in CASES))
 
 
 def compile_kernels(todo):
@@ -294,7 +288,7 @@ def main():
     parser.add_argument("--op", dest="ops", action="append", help="this op only (repeatable)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/reference"), help="folder")
     options = parser.parse_args()
-    todo = chosen(options.ops)
+    todo = compared(options.ops)
     if not todo:
         parser.error(f"--op is one of {', '.join(CASES)}")
     torch.set_default_device("cuda")

@@ -48,10 +48,15 @@ def fp8_mqa_logits(s: int, t: int, h: int, d: int, dtype: str) -> Case:
     )
 
 
+def paged_lengths(rng: np.random.Generator, b: int, context: int) -> np.ndarray:
+    """Keys of each of b sequences: 0.7 to 1.3 times `context`."""
+    return rng.integers(int(0.7 * context), int(1.3 * context), b).astype(np.int32)
+
+
 def fp8_paged_mqa_logits(b: int, n: int, h: int, d: int, context: int, dtype: str) -> Case:
     """b sequences of n queries each and 0.7 to 1.3 times `context` keys, in blocks of 64."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(int(0.7 * context), int(1.3 * context), b).astype(np.int32)
+    lengths = paged_lengths(rng, b, context)
     pages = -(-lengths // BLOCK_KV)
     table = np.zeros((b, pages.max()), np.int32)
     free = rng.permutation(pages.sum()).astype(np.int32)

@@ -37,6 +37,14 @@ def skewed(groups: int, rows: int) -> np.ndarray:
     return drawn
 
 
+def padded_ids(counts: np.ndarray, multiple: int) -> np.ndarray:
+    """Each row's group, whose rows are followed by as many of none as make a multiple."""
+    return np.repeat(
+        np.stack([np.arange(len(counts)), np.full(len(counts), -1)], 1).reshape(-1),
+        np.stack([counts, -counts % multiple], 1).reshape(-1),
+    )
+
+
 def weights(groups: int, n: int, k: int) -> ScaledArray:
     """Each group's is quantised alone: in bfloat16 all of them may not fit."""
     one = jax.jit(prepare_weight)
@@ -128,12 +136,7 @@ def k_grouped(groups: int, m: int, n: int, expected: int) -> Case:
 
 
 def _contiguous(counts: np.ndarray, n: int, k: int, multiple: int = 1) -> Case:
-    """Each group's rows are followed by as many of no group as make a multiple."""
-    padding = -counts % multiple
-    ids = np.repeat(
-        np.stack([np.arange(len(counts)), np.full(len(counts), -1)], 1).reshape(-1),
-        np.stack([counts, padding], 1).reshape(-1),
-    )
+    ids = padded_ids(counts, multiple)
     a = jax.jit(per_token_cast_to_fp8)(normal(0, len(ids), k))
     b = weights(len(counts), n, k)
     op = grouped.m_grouped_fp8_gemm_nt_contiguous

@@ -196,8 +196,8 @@ def pack(arrays: Any) -> jax.Array:
     """Arrays [T, n] of any dtypes side by side, as integers, whose bits XLA leaves alone."""
 
     def words(x):
-        fill = -x.shape[1] % (ALIGNED // x.itemsize)
-        return jnp.pad(x, ((0, 0), (0, fill))).view(jnp.int32)
+        width = _words(x.shape[1], x.itemsize) * 4 // x.itemsize
+        return jnp.pad(x, ((0, 0), (0, width - x.shape[1]))).view(jnp.int32)
 
     return jnp.concatenate([words(x) for x in jax.tree.leaves(arrays)], axis=1)
 
