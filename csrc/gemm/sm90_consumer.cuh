@@ -120,7 +120,6 @@ __forceinline__ int begin_tile(Reader& reader, int tile) {
 }
 
 __forceinline__ void begin_block(Reader& reader, int tile, int i, int blocks) {
-  reader.wait();
   if (config.groups == kAlongK && (i == 0 || i == blocks - 1)) {
     cut(reader.ring, reader.ring.tile(tile), i);
   }
@@ -262,7 +261,7 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
     const int blocks = begin_tile(reader, tile);
     if (blocks == 0) break;
     const int boundary = 128 - int(uniform(load_shared_int(reader.ring.tile(tile) + 8)) % 128);
-    for (int i = 0; i < blocks; ++i) {
+    for (int i = 0;;) {
       begin_block(reader, tile, i, blocks);
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
@@ -295,6 +294,9 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
           for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] += factors[factor_of(j)] * part[j];
         }
       }
+      if (++i == blocks) break;
+      // At the loop's end, where it is still in a predicate whether there is anything to wait for.
+      reader.wait();
     }
     finish(p, sum, reader.ring, tile, warp_row);
   }
@@ -321,6 +323,7 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
     Ring before = reader.ring;
     pin_all();
     for (int i = 0; i < blocks; ++i) {
+      reader.wait();
       begin_block(reader, tile, i, blocks);
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
