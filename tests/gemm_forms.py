@@ -111,17 +111,21 @@ def forms(seed: int = 0) -> Iterator[Form]:
         operands = (a.T if form.a_mn_major else a, b.T if form.b_mn_major else b)
         which = getattr(dense, f"bf16_gemm_{layout}")
         yield Form(f"bf16 {layout}", which, dense.GemmParams(), form, operands, expected)
-    # Rows of groups, in order and in none.
+    # Rows of groups, in order, in none, and with padding behind each; NaN in what is no group's.
     weights = data(GROUPS, N, K)
     weight_scale = scale(GROUPS, BLOCKS_N, BLOCKS_K)
     weights64 = double(weights) * wide(weight_scale, 128)[:, :N]
     plain = data(GROUPS, N, K, dtype=jnp.bfloat16)
     in_order = np.repeat([*range(GROUPS), -1], [*SIZES, M - ENDS[-1]])
     shuffled = np.repeat(rng.integers(-1, GROUPS, M // 8), 8)
-    for order, ids in (("sorted", in_order), ("shuffled", shuffled)):
+    padded = np.repeat(
+        [-1, 1, -1, 1, -1, 4, 0, -1, 2, -1], [3, 20, 130, 1, 15, 70, 10, 12, 30, M - 291]
+    )
+    for order, ids in (("sorted", in_order), ("shuffled", shuffled), ("padded", padded)):
         ids = ids.astype(np.int32)
         member = (ids[:, None] == np.arange(GROUPS))[..., None]
         a, a_scale = data(M, K), scale(M, BLOCKS_K)
+        a[ids < 0], a_scale[ids < 0] = np.nan, np.nan
         each = product(double(a) * wide(a_scale), weights64).swapaxes(0, 1)
         yield Form(
             f"contiguous {order}",
@@ -132,6 +136,7 @@ def forms(seed: int = 0) -> Iterator[Form]:
             np.where(member, each, 0).sum(1),
         )
         a = data(M, K, dtype=jnp.bfloat16)
+        a[ids < 0] = np.nan
         each = product(double(a), double(plain)).swapaxes(0, 1)
         for layout in ("nt", "nn"):
             yield Form(
