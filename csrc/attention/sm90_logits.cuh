@@ -366,6 +366,22 @@ __forceinline__ void prefetch_tables(const Params& p) {
   fetch(p.weights, queries * p.heads * 4, line);
 }
 
+// Into L2, while the CTA's share is being found, what would be its first keys if all sequences had
+// as many; by a warp.
+__forceinline__ void prefetch_likely_keys(const Params& p) {
+  const int lane = threadIdx.x % 32;
+  if (!p.pages || lane >= config.stages) return;
+  const long long place = static_cast<long long>(blockIdx.x) * p.sequences;
+  Part part = {};
+  part.sequence = place / gridDim.x;
+  part.keys_end = max(0, min(p.end[(part.sequence + 1) * p.queries - 1], p.keys_end));
+  const int first = place % gridDim.x * (part.keys_end / p.page_keys) / gridDim.x;
+  const int page = locate(p, part, first + lane);
+  if (page < 0) return;
+  tma_prefetch_once(&p.keys, 0, 0, page);
+  tma_prefetch_once(&p.scales, 0, page, 0);
+}
+
 extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) char shared[];
@@ -391,6 +407,7 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
   __syncthreads();
   let_next_kernel_start();
   wait_for_previous_kernel();
+  if (warp == config.threads() / 32 - 1) prefetch_likely_keys(params);
 
   static_assert(config.stages % config.key_groups == 0);  // A slot is always the same consumer's.
   static_assert(sizeof(Scratch) <= kWorkBytes && 2 * sizeof(Part) <= kWorkBytes);

@@ -6,10 +6,6 @@
 
 namespace deepgemm {
 
-// Which lines leave L2 first, as createpolicy encodes it.
-constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000,
-                   kEvictLast = 0x14F0000000000000;
-
 // For what a kernel reads once that reads and writes so many bytes. To leave first spares what
 // waits in L2 to be written; but where that is far more than L2 holds anyway, lines in their usual
 // order are written faster.

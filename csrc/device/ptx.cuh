@@ -130,15 +130,27 @@ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// Which lines leave L2 first, as createpolicy encodes it.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000,
+                   kEvictLast = 0x14F0000000000000;
+
 // Loads a box of what is read once: in L2 it takes the place of other such bytes first, and so
 // leaves there what others read again, and what has yet to be written to memory.
 __forceinline__ void tma_load_once(uint32_t shared, const TensorMap* map, uint32_t barrier, int x,
                                    int y, int z) {
-  constexpr uint64_t evict_first = 0x12F0000000000000;  // as createpolicy encodes it
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(evict_first)
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(kEvictFirst)
+      : "memory");
+}
+
+// Brings such a box as far as L2.
+__forceinline__ void tma_prefetch_once(const TensorMap* map, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.3d.L2.global.L2::cache_hint [%0, {%1, %2, %3}], %4;" ::"l"(
+          map),
+      "r"(x), "r"(y), "r"(z), "l"(kEvictFirst)
       : "memory");
 }
 

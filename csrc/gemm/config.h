@@ -111,8 +111,8 @@ struct FewRows {
 // Rows (kContiguous) or elements along K (kAlongK) of one group.
 struct alignas(16) Span {
   int start, end;
-  int group;      // negative: of none, whose rows of D are zero
-  int group_end;  // kContiguous: rows from here to `end` are of none
+  int group;  // negative: of none, whose rows of D are zero
+  int unused;
 };
 
 constexpr int kRunsThreads = 1024;  // of the kernel that finds the spans of rows

@@ -1,9 +1,8 @@
 // spans[i] = the i-th run of rows of one group, for the id of each row's group; behind the last one
-// a span that starts at m. Rows of no group belong to the span before them, whose last tile they
-// may fill up, and are a span of their own only at the beginning.
+// a span that starts at m.
 //
 // One CTA. Each warp takes a stretch of rows and has all of their ids under way at once. It marks
-// where spans start and where groups end, learns how many start before its own, and writes them.
+// where runs start, learns how many start before its own, and writes them.
 #pragma once
 
 #include "device/ptx.cuh"
@@ -32,14 +31,12 @@ extern "C" __global__ void __launch_bounds__(kRunsThreads)
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) id[i] = id_of(min(first + 32 * i + lane, m - 1));
     int last = first > 0 ? id_of(min(first, m) - 1) : -2;  // No group is -2.
-    uint32_t starts = 0, ends = 0;
+    uint32_t starts = 0;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       // Lane 0's predecessor is lane 31's of the step before.
       const int previous = __shfl_sync(0xffffffff, lane == 31 ? last : id[i], (lane + 31) % 32);
-      const bool turns = id[i] != previous;
-      starts |= uint32_t{turns && (id[i] >= 0 || previous == -2)} << i;
-      ends |= uint32_t{turns && previous >= 0} << i;
+      starts |= uint32_t{id[i] != previous} << i;
       last = id[i];
     }
     const int count = __reduce_add_sync(0xffffffff, __popc(starts));
@@ -53,16 +50,15 @@ extern "C" __global__ void __launch_bounds__(kRunsThreads)
       if (i < warp) run += counts[i];
       before += counts[i];
     }
-    for (int i = 0; i < kSteps; ++i) {
+    // At most steps there is none.
+    for (uint32_t left = __reduce_or_sync(0xffffffff, starts); left; left &= left - 1) {
+      const int i = __ffs(left) - 1;
       const uint32_t mask = __ballot_sync(0xffffffff, starts >> i & 1);
-      const int row = first + 32 * i + lane;
-      const int mine = run + __popc(mask & (1u << lane) - 1);
-      if (ends >> i & 1) spans[mine - 1].group_end = row;
       if (mask >> lane & 1) {
-        const int group = id_of(row);
+        const int row = first + 32 * i + lane;
+        const int mine = run + __popc(mask & (1u << lane) - 1);
         spans[mine].start = row;
-        spans[mine].group = group;
-        if (group < 0) spans[mine].group_end = row;
+        spans[mine].group = id_of(row);
         if (mine > 0) spans[mine - 1].end = row;
       }
       run += __popc(mask);
@@ -72,7 +68,6 @@ extern "C" __global__ void __launch_bounds__(kRunsThreads)
   if (threadIdx.x == 0) {
     spans[before].start = m;
     spans[before - 1].end = m;
-    if (id_of(m - 1) >= 0) spans[before - 1].group_end = m;
   }
 }
 

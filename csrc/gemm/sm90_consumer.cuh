@@ -235,23 +235,8 @@ __forceinline__ void store_staged(const Params& p, const Sum& sum, const Ring& r
   }
 }
 
-// Zeroes the sums of rows that are of no group, whatever A has there.
-__forceinline__ void clear_rows(Sum& sum, uint32_t tile, int warp_row) {
-  const int rows = uniform(load_shared_int(tile + 24) - load_shared_int(tile) - warp_row);
-  if (rows > (kWaves - 1) * kWaveRows + 15) return;
-#pragma unroll
-  for (int w = 0; w < kWaves; ++w) {
-#pragma unroll
-    for (int i = 0; i < config.block_n / 2; ++i) {
-      const int row = w * kWaveRows + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
-      sum[w][i] = row < rows ? sum[w][i] : 0;
-    }
-  }
-}
-
 // Stores a consumer's sums, and starts them anew.
 __forceinline__ void finish(const Params& p, Sum& sum, const Ring& ring, int tile, int warp_row) {
-  if constexpr (config.groups == kContiguous) clear_rows(sum, ring.tile(tile), warp_row);
   if (!config.out_float32 && !p.accumulate) {
     store_staged(p, sum, ring, ring.tile(tile), warp_row);
   } else {

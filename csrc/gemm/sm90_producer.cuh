@@ -27,8 +27,7 @@ __forceinline__ void announce(uint32_t shared, const Tiles& tile) {
   store_shared_quad(shared, make_uint4(tile.m0, tile.m_end, tile.n0, tile.d_batch));
   const int first_block = tile.first_block();
   store_shared_quad(shared + 16,
-                    make_uint4(tile.last_block() - first_block, first_block,
-                               config.groups == kContiguous ? tile.m_zero : tile.k0, tile.k_end));
+                    make_uint4(tile.last_block() - first_block, first_block, tile.k0, tile.k_end));
 }
 
 __forceinline__ void copy_tiles(const Params& p, Ring ring) {

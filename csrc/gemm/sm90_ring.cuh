@@ -59,7 +59,6 @@ struct Tiles {
   int m_rank, n_rank;  // this CTA's place in its cluster
   int m0, n0;          // the tile's first element
   int m_end;           // first row that is not the tile's to write
-  int m_zero;          // kContiguous: rows from here to m_end are of no group
   int k0, k_end;       // elements along K
   int a_batch, b_batch, d_batch;
   bool done;
@@ -97,25 +96,22 @@ struct Tiles {
         k_end = span.end;
         span.start = 0;
       } else {
+        k0 = span.group < 0 ? p.blocks_k * config.block_k() : 0;
         k_end = p.k;
+        span.group = max(span.group, 0);
+        if constexpr (config.groups == kContiguous) m_end = span.end;
       }
       a_batch = config.groups == kMasked ? number : 0;
-      b_batch = config.groups == kAlongK ? 0 : max(span.group, 0);
+      b_batch = config.groups == kAlongK ? 0 : span.group;
       d_batch = config.groups == kContiguous ? 0 : number;
       place(span.start, order(index));
-      if constexpr (config.groups == kContiguous) {
-        m_end = span.end;
-        m_zero = span.group_end;
-        // The same for all CTAs that share loads.
-        if (m0 - m_rank * config.block_m >= m_zero) k0 = p.blocks_k * config.block_k();
-      }
     }
   }
 
   __forceinline__ bool next_span(Span& span) const {
     if constexpr (config.groups == kContiguous) {
       const int4 x = __ldg(reinterpret_cast<const int4*>(p.spans) + number);
-      span = {x.x, x.y, x.z, x.w};
+      span = {x.x, x.y, x.z};
       return span.start < p.m;
     } else {
       if (number == p.num_groups) return false;

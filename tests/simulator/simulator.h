@@ -331,6 +331,12 @@ inline unsigned __ballot_sync(unsigned, bool x) {
   for (int lane = 0; lane < 32; ++lane) mask |= unsigned(given[lane] != 0) << lane;
   return mask;
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned x) {
+  const uint64_t* given = sim::exchange(x);
+  for (int lane = 0; lane < 32; ++lane) x |= unsigned(given[lane]);
+  return x;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __reduce_add_sync(unsigned, int x) {
   const uint64_t* given = sim::exchange(unsigned(x));
   int sum = 0;

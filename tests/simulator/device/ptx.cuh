@@ -79,6 +79,7 @@ inline void fence_barrier_init() {}
 
 inline void prefetch(const TensorMap*) {}
 inline void prefetch_l2(const void*) {}
+inline void tma_prefetch_once(const TensorMap*, int, int, int) {}
 
 template <int peers>
 void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, int y, int z,
