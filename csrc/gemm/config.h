@@ -119,6 +119,7 @@ constexpr int kRunsThreads = 1024;  // of the kernel that finds the spans of row
 
 struct Params {
   TensorMap a, b;
+  TensorMap a_edge, b_edge;  // in boxes of the rows that are left over of whole ones
   TensorMap store;           // sm90.cuh: D in boxes of 16 rows, if `copy_engine`
   const float* a_scale;      // kBlocks, kChannels: [batch, ceil(k / 128), m]. kRows: [batch, m]
   const float* b_scale;      // kBlocks: [batch, ceil(n / 128), ceil(k / 128)]. Others as A's, of n

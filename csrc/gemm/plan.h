@@ -43,14 +43,20 @@ struct Plan {
   int clusters;
 };
 
+// Rows of the last box, of so many each.
+inline int left_over(uint64_t rows, int box) { return (rows - 1) % box + 1; }
+
 inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   const auto operand = [&](const Matrix& matrix, bool mn_major, int rows) {
     return matrix.map(config.element_bytes(), kRowBytes / config.element_bytes(),
                       mn_major ? config.block_k() : rows);
   };
   Params p = {};
-  p.a = operand(x.a, config.a_mn_major, config.block_m / config.cluster_n);
-  p.b = operand(x.b, config.b_mn_major, config.block_n / config.cluster_m);
+  const int a_rows = config.block_m / config.cluster_n, b_rows = config.block_n / config.cluster_m;
+  p.a = operand(x.a, config.a_mn_major, a_rows);
+  p.b = operand(x.b, config.b_mn_major, b_rows);
+  p.a_edge = operand(x.a, config.a_mn_major, left_over(x.d.rows, a_rows));
+  p.b_edge = operand(x.b, config.b_mn_major, left_over(x.d.columns, b_rows));
   p.accumulate = x.accumulate;
   p.copy_engine = !config.out_float32 && x.d.columns % 8 == 0;
   if (p.copy_engine) p.store = x.d.map(2, config.box_n(), 16);
@@ -83,9 +89,14 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
 }
 
 inline Plan plan(const FewRows& config, int num_sms, const Operands& x) {
+  const auto operand = [&](const Matrix& matrix, int rows) {
+    return matrix.map(config.element_bytes(), config.block_k(), rows);
+  };
   Params p = {};
-  p.a = x.a.map(config.element_bytes(), config.block_k(), config.block_m);
-  p.b = x.b.map(config.element_bytes(), config.block_k(), config.block_n());
+  p.a = operand(x.a, config.block_m);
+  p.b = operand(x.b, config.block_n());
+  p.a_edge = operand(x.a, left_over(x.d.rows, config.block_m));
+  p.b_edge = operand(x.b, left_over(x.d.columns, config.block_n()));
   p.accumulate = x.accumulate;
   p.a_scale = x.a_scale;
   p.b_scale = x.b_scale;

@@ -131,12 +131,17 @@ struct Share {
 
 __forceinline__ void copy_tiles(const Params& p, Ring ring, Share share) {
   for (Tiles tile(p); !tile.done(); tile.next()) {
+    // No box reaches beyond A or B: the copy engine takes longer to fill rows with zeros than to
+    // load them.
+    const int a_rows = min(p.m - tile.m0, config.block_m), b_rows = min(p.n - tile.n0, kBlockN);
+    const TensorMap* a = a_rows == config.block_m ? &p.a : &p.a_edge;
+    const TensorMap* b = b_rows == kBlockN ? &p.b : &p.b_edge;
     for (int kb = share.first; kb < share.end; ++kb, ring.advance()) {
       const int k = kb * config.block_k();
       barrier_wait(ring.empty(), ring.parity ^ 1);
-      barrier_arrive_expect(ring.full(), config.a_bytes() + config.b_bytes());
-      tma_load<1>(ring.a(), &p.a, ring.full(), k, tile.m0, tile.batch, 0);
-      tma_load_once(ring.b(), &p.b, ring.full(), k, tile.n0, tile.batch);
+      barrier_arrive_expect(ring.full(), (a_rows + b_rows) * kRowBytes);
+      tma_load<1>(ring.a(), a, ring.full(), k, tile.m0, tile.batch, 0);
+      tma_load_once(ring.b(), b, ring.full(), k, tile.n0, tile.batch);
     }
   }
 }

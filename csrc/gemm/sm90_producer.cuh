@@ -5,21 +5,43 @@
 
 namespace deepgemm::gemm {
 
-// Rows `row` on of an operand, a block along K.
+// One operand's part of a tile, in each block of K: rows `row` on up to the operand's end. What is
+// behind it is left as it is, for it takes the copy engine longer to fill rows with zeros than to
+// load them, and nothing of D that depends on them is stored.
 template <bool mn_major, int rows, int peers>
-__forceinline__ void load(uint32_t shared, const TensorMap& map, uint32_t barrier, int kb, int row,
-                          int batch, unsigned short peer_mask) {
-  const int k = kb * config.block_k();
-  if constexpr (mn_major) {
-    constexpr int box = kRowBytes / config.element_bytes();
-#pragma unroll
-    for (int i = 0; i < rows; i += box) {
-      tma_load<peers>(shared + i * kRowBytes, &map, barrier, row + i, k, batch, peer_mask);
-    }
-  } else {
-    tma_load<peers>(shared, &map, barrier, k, row, batch, peer_mask);
+struct Rows {
+  static constexpr int kBox = mn_major ? kRowBytes / config.element_bytes() : 1;
+
+  const TensorMap* map;
+  int row, valid, batch;
+  unsigned short peer_mask;
+
+  __forceinline__ Rows(const TensorMap& map, const TensorMap& edge, int row, int end, int batch,
+                       unsigned short peer_mask)
+      : map(row + rows <= end ? &map : &edge),
+        row(row),
+        valid(loaded(end - row, rows)),
+        batch(batch),
+        peer_mask(peer_mask) {}
+
+  // How many of so many rows are loaded if no more than these are the operand's.
+  static __forceinline__ int loaded(int valid, int count) {
+    return max(min(ceil_div(valid, kBox) * kBox, count), 0);
   }
-}
+
+  __forceinline__ void load(uint32_t shared, uint32_t barrier, int kb) const {
+    const int k = kb * config.block_k();
+    if constexpr (mn_major) {
+#pragma unroll
+      for (int i = 0; i < rows; i += kBox) {
+        if (i >= valid) break;
+        tma_load<peers>(shared + i * kRowBytes, map, barrier, row + i, k, batch, peer_mask);
+      }
+    } else {
+      if (valid > 0) tma_load<peers>(shared, map, barrier, k, row, batch, peer_mask);
+    }
+  }
+};
 
 // What the consumers are told of a tile, before its first slot is full. One without blocks, in a
 // slot without data, is the end.
@@ -35,23 +57,27 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   // CTAs that share a tile load one part each and broadcast it.
   constexpr int a_rows = config.block_m / config.cluster_n;
   constexpr int b_rows = config.block_n / config.cluster_m;
+  using RowsOfA = Rows<config.a_mn_major, a_rows, config.cluster_n>;
+  using RowsOfB = Rows<config.b_mn_major, b_rows, config.cluster_m>;
   const int a_part = tile.n_rank * a_rows, b_part = tile.m_rank * b_rows;
   unsigned short a_peers = 0, b_peers = 0;
   for (int i = 0; i < config.cluster_n; ++i) a_peers |= 1 << (tile.m_rank + i * config.cluster_m);
   for (int i = 0; i < config.cluster_m; ++i) b_peers |= 1 << (i + tile.n_rank * config.cluster_m);
   int number = 0;
   for (; !tile.done; tile.next(), number = next_tile(number)) {
+    // Groups of rows begin anywhere, so that no box fits what is left of the last one.
+    const int a_end = config.groups == kContiguous ? tile.m0 + config.block_m : p.m;
+    const RowsOfA a(p.a, p.a_edge, tile.m0 + a_part, a_end, tile.a_batch, a_peers);
+    const RowsOfB b(p.b, p.b_edge, tile.n0 + b_part, p.n, tile.b_batch, b_peers);
+    const int bytes = kRowBytes * (RowsOfA::loaded(a_end - tile.m0, config.block_m) +
+                                   RowsOfB::loaded(p.n - tile.n0, config.block_n));
     const int last_block = tile.last_block();
     for (int kb = tile.first_block(); kb < last_block; ++kb, ring.advance()) {
       barrier_wait(ring.empty(), ring.parity ^ 1);
       if (kb == tile.first_block()) announce(ring.tile(number), tile);
-      barrier_arrive_expect(ring.full(), config.a_bytes() + config.b_bytes());
-      load<config.a_mn_major, a_rows, config.cluster_n>(ring.a() + a_part * kRowBytes, p.a,
-                                                        ring.full(), kb, tile.m0 + a_part,
-                                                        tile.a_batch, a_peers);
-      load<config.b_mn_major, b_rows, config.cluster_m>(ring.b() + b_part * kRowBytes, p.b,
-                                                        ring.full(), kb, tile.n0 + b_part,
-                                                        tile.b_batch, b_peers);
+      barrier_arrive_expect(ring.full(), bytes);
+      a.load(ring.a() + a_part * kRowBytes, ring.full(), kb);
+      b.load(ring.b() + b_part * kRowBytes, ring.full(), kb);
     }
   }
   barrier_wait(ring.empty(), ring.parity ^ 1);
