@@ -124,7 +124,7 @@ struct Params {
   const float* a_scale;      // kBlocks, kChannels: [batch, ceil(k / 128), m]. kRows: [batch, m]
   const float* b_scale;      // kBlocks: [batch, ceil(n / 128), ceil(k / 128)]. Others as A's, of n
   void* d;                   // [batch, m, n]
-  const Span* spans;         // kContiguous: by rows, up to one that starts at m
+  const Span* spans;         // kContiguous: see runs.cuh
   const int* sizes;          // kMasked: the rows of each group
   const int *starts, *ends;  // kAlongK: of each group, along K
   int num_groups;            // kMasked, kAlongK

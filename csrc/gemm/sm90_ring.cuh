@@ -56,6 +56,7 @@ struct Tiles {
   const Params& p;
   int index;           // among the clusters' tiles, of the group if there are groups
   int number = 0;      // of the group
+  int step = 1;        // to the next one's
   int m_rank, n_rank;  // this CTA's place in its cluster
   int m0, n0;          // the tile's first element
   int m_end;           // first row that is not the tile's to write
@@ -83,8 +84,14 @@ struct Tiles {
       place(0, t);
     } else {
       Span span;
-      for (;; index -= order.count(), ++number) {
+      for (;; index -= order.count(), number += step) {
         done = !next_span(span);
+        // Then those of none, which take no time to speak of, from the other end.
+        if (config.groups == kContiguous && done && step > 0) {
+          step = -1;
+          number = p.m;
+          done = !next_span(span);
+        }
         if (done) return;
         if constexpr (config.groups != kAlongK) {
           order.rows = ceil_div(span.end - span.start, config.block_m * config.cluster_m);

@@ -28,7 +28,7 @@ def expected_runs(ids: np.ndarray) -> list[tuple[int, int, int]]:
     return [(start, end, ids[start]) for start, end in zip(borders, borders[1:], strict=False)]
 
 
-@pytest.mark.parametrize("m", [1, 31, 1000, 40_000])  # 16,384 rows are looked at at once
+@pytest.mark.parametrize("m", [1, 31, 1000, 40_000])  # 32,768 rows are looked at at once
 @pytest.mark.parametrize("longest", [1, 40, 30_000])
 def test_runs(find_runs, m, longest):
     rng = np.random.default_rng(m)
@@ -36,7 +36,9 @@ def test_runs(find_runs, m, longest):
     # Ids of no group are one group's, whatever they are.
     ids = np.repeat(rng.integers(-2, GROUPS + 2, count), rng.integers(1, longest + 1, count))
     ids = np.resize(ids, m).astype(np.int32)
-    expected = expected_runs(ids)
     spans = find_runs(ids)
-    np.testing.assert_array_equal(spans[: len(expected), :3], expected)
-    assert spans[len(expected), 0] == m
+    # Those of no group from the other end.
+    for spans, groups in ((spans, True), (spans[::-1], False)):
+        expected = [run for run in expected_runs(ids) if (run[2] >= 0) == groups]
+        np.testing.assert_array_equal(spans[: len(expected), :3], np.reshape(expected, (-1, 3)))
+        assert spans[len(expected), 0] == m
