@@ -8,6 +8,7 @@ namespace deepgemm::gemm {
 
 constexpr int kRowBytes = 128;  // of an operand's tile along its contiguous dim: a swizzled row
 constexpr int kTileBytes = 32;  // that tell where a tile lies
+constexpr int kEdgeRows = 8;    // kContiguous: of a box of A where whole ones would reach beyond it
 // kChannels: scales are an operand in bfloat16, MN-major, of so many rows of M or N and of 16 of K.
 constexpr int kFactorRows = 64;
 constexpr int kFactorBytes = 16 * kRowBytes;
@@ -119,7 +120,7 @@ constexpr int kRunsThreads = 1024;  // of the kernel that finds the spans of row
 
 struct Params {
   TensorMap a, b;
-  TensorMap a_edge, b_edge;  // in boxes of the rows that are left over of whole ones
+  TensorMap a_edge, b_edge;  // in boxes of what is left over of whole ones, or of kEdgeRows
   TensorMap store;           // sm90.cuh: D in boxes of 16 rows, if `copy_engine`
   const float* a_scale;      // kBlocks, kChannels: [batch, ceil(k / 128), m]. kRows: [batch, m]
   const float* b_scale;      // kBlocks: [batch, ceil(n / 128), ceil(k / 128)]. Others as A's, of n

@@ -55,7 +55,8 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   const int a_rows = config.block_m / config.cluster_n, b_rows = config.block_n / config.cluster_m;
   p.a = operand(x.a, config.a_mn_major, a_rows);
   p.b = operand(x.b, config.b_mn_major, b_rows);
-  p.a_edge = operand(x.a, config.a_mn_major, left_over(x.d.rows, a_rows));
+  const bool contiguous = config.groups == kContiguous;
+  p.a_edge = operand(x.a, config.a_mn_major, contiguous ? kEdgeRows : left_over(x.d.rows, a_rows));
   p.b_edge = operand(x.b, config.b_mn_major, left_over(x.d.columns, b_rows));
   p.accumulate = x.accumulate;
   p.copy_engine = !config.out_float32 && x.d.columns % 8 == 0;
@@ -71,7 +72,6 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   p.spans = x.spans;
   p.sizes = p.starts = x.groups[0];
   p.ends = x.groups[1];
-  const bool contiguous = config.groups == kContiguous;
   p.num_groups = contiguous ? x.b.batch : x.d.batch;
 
   // Of one group the rows are not known here, but there are no more than all.

@@ -1,5 +1,5 @@
-// spans[i] = the i-th run of rows of one group, for the id of each row's group, and spans[m - i] the
-// i-th run of rows of none. Behind the last ones, between the two, a span that starts at m.
+// spans[i] = the i-th run of rows of one group, for the id of each row's group, and spans[m - i]
+// the i-th run of rows of none. Behind the last ones, between the two, a span that starts at m.
 //
 // One CTA. Each warp takes a stretch of rows and has all of their ids under way at once. It marks
 // where runs start, learns how many start before its own, and writes them.

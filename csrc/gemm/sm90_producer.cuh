@@ -7,10 +7,13 @@ namespace deepgemm::gemm {
 
 // One operand's part of a tile, in each block of K: rows `row` on up to the operand's end. What is
 // behind it is left as it is, for it takes the copy engine longer to fill rows with zeros than to
-// load them, and nothing of D that depends on them is stored.
-template <bool mn_major, int rows, int peers>
+// load them, and nothing of D that depends on them is stored. The boxes at the end are of
+// `edge_rows`, or of as many as are left.
+template <bool mn_major, int rows, int peers, int edge_rows = 0>
 struct Rows {
-  static constexpr int kBox = mn_major ? kRowBytes / config.element_bytes() : 1;
+  static constexpr int kBox = mn_major    ? kRowBytes / config.element_bytes()
+                              : edge_rows ? edge_rows
+                                          : 1;
 
   const TensorMap* map;
   int row, valid, batch;
@@ -37,8 +40,13 @@ struct Rows {
         if (i >= valid) break;
         tma_load<peers>(shared + i * kRowBytes, map, barrier, row + i, k, batch, peer_mask);
       }
-    } else {
+    } else if (edge_rows == 0 || valid == rows) {
       if (valid > 0) tma_load<peers>(shared, map, barrier, k, row, batch, peer_mask);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < valid; i += kBox) {
+        tma_load<peers>(shared + i * kRowBytes, map, barrier, k, row + i, batch, peer_mask);
+      }
     }
   }
 };
@@ -57,7 +65,9 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   // CTAs that share a tile load one part each and broadcast it.
   constexpr int a_rows = config.block_m / config.cluster_n;
   constexpr int b_rows = config.block_n / config.cluster_m;
-  using RowsOfA = Rows<config.a_mn_major, a_rows, config.cluster_n>;
+  // Groups of rows begin anywhere: what is left of the last one is not known to the host.
+  constexpr int edge_rows = config.groups == kContiguous ? kEdgeRows : 0;
+  using RowsOfA = Rows<config.a_mn_major, a_rows, config.cluster_n, edge_rows>;
   using RowsOfB = Rows<config.b_mn_major, b_rows, config.cluster_m>;
   const int a_part = tile.n_rank * a_rows, b_part = tile.m_rank * b_rows;
   unsigned short a_peers = 0, b_peers = 0;
@@ -65,11 +75,9 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   for (int i = 0; i < config.cluster_m; ++i) b_peers |= 1 << (i + tile.n_rank * config.cluster_m);
   int number = 0;
   for (; !tile.done; tile.next(), number = next_tile(number)) {
-    // Groups of rows begin anywhere, so that no box fits what is left of the last one.
-    const int a_end = config.groups == kContiguous ? tile.m0 + config.block_m : p.m;
-    const RowsOfA a(p.a, p.a_edge, tile.m0 + a_part, a_end, tile.a_batch, a_peers);
+    const RowsOfA a(p.a, p.a_edge, tile.m0 + a_part, p.m, tile.a_batch, a_peers);
     const RowsOfB b(p.b, p.b_edge, tile.n0 + b_part, p.n, tile.b_batch, b_peers);
-    const int bytes = kRowBytes * (RowsOfA::loaded(a_end - tile.m0, config.block_m) +
+    const int bytes = kRowBytes * (RowsOfA::loaded(p.m - tile.m0, config.block_m) +
                                    RowsOfB::loaded(p.n - tile.n0, config.block_n));
     const int last_block = tile.last_block();
     for (int kb = tile.first_block(); kb < last_block; ++kb, ring.advance()) {

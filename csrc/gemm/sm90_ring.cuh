@@ -55,8 +55,7 @@ __forceinline__ int next_tile(int number) { return number + 1 == config.tiles() 
 struct Tiles {
   const Params& p;
   int index;           // among the clusters' tiles, of the group if there are groups
-  int number = 0;      // of the group
-  int step = 1;        // to the next one's
+  int number = 0;      // of the group; kContiguous: of the span, from -1 down of those of no group
   int m_rank, n_rank;  // this CTA's place in its cluster
   int m0, n0;          // the tile's first element
   int m_end;           // first row that is not the tile's to write
@@ -84,12 +83,11 @@ struct Tiles {
       place(0, t);
     } else {
       Span span;
-      for (;; index -= order.count(), number += step) {
+      for (;; index -= order.count(), number += number < 0 ? -1 : 1) {
         done = !next_span(span);
-        // Then those of none, which take no time to speak of, from the other end.
-        if (config.groups == kContiguous && done && step > 0) {
-          step = -1;
-          number = p.m;
+        // The tiles of no group, which take little time, come last.
+        if (config.groups == kContiguous && done && number >= 0) {
+          number = -1;
           done = !next_span(span);
         }
         if (done) return;
@@ -117,7 +115,8 @@ struct Tiles {
 
   __forceinline__ bool next_span(Span& span) const {
     if constexpr (config.groups == kContiguous) {
-      const int4 x = __ldg(reinterpret_cast<const int4*>(p.spans) + number);
+      const int at = number < 0 ? p.m + 1 + number : number;
+      const int4 x = __ldg(reinterpret_cast<const int4*>(p.spans) + at);
       span = {x.x, x.y, x.z};
       return span.start < p.m;
     } else {

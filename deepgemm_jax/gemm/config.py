@@ -204,18 +204,18 @@ class Tile:
     cluster_n: int
     block_us: float  # for each 128 bytes of K
     store_us: float  # for each tile, beyond its blocks
+    rows: float = 0.95  # times a block's cost, if scales are the same for all of K
 
 
 FP8_TILES = (
-    Tile(256, 128, 2, 1, 2, 0.756, 1.3),
-    Tile(192, 128, 3, 1, 2, 0.553, 0.85),
-    Tile(192, 128, 3, 1, 1, 0.566, 0.8),
-    Tile(128, 192, 2, 1, 1, 0.559, 0.85),
-    Tile(128, 160, 2, 1, 1, 0.489, 0.9),
-    Tile(128, 128, 2, 1, 1, 0.412, 0.6),
-    Tile(128, 64, 2, 1, 1, 0.300, 0.6),
-    Tile(64, 128, 1, 1, 1, 0.340, 0.7),
-    Tile(64, 64, 1, 1, 1, 0.260, 0.6),
+    Tile(256, 128, 2, 1, 2, 0.735, 1.45),
+    Tile(192, 128, 3, 1, 2, 0.547, 0.95),
+    Tile(128, 192, 2, 1, 1, 0.557, 0.95, 0.91),
+    Tile(128, 160, 2, 1, 1, 0.473, 1.0),
+    Tile(128, 128, 2, 1, 1, 0.398, 0.5),
+    Tile(128, 64, 2, 1, 1, 0.208, 1.2),
+    Tile(64, 128, 1, 1, 1, 0.257, 0.75),
+    Tile(64, 64, 1, 1, 1, 0.156, 0.6),
 )
 BF16_TILES = (
     Tile(128, 256, 2, 1, 1, 0.655, 1.3),
@@ -224,20 +224,21 @@ BF16_TILES = (
 )
 # For small problems and odd widths; many groups fill the GPU without.
 DENSE_FP8_TILES = (
-    Tile(192, 96, 3, 1, 1, 0.447, 0.7),
-    Tile(128, 144, 2, 1, 1, 0.447, 0.8),
-    Tile(128, 32, 2, 1, 1, 0.240, 0.7),
-    Tile(64, 32, 1, 1, 1, 0.220, 0.7),
-    Tile(64, 16, 1, 1, 1, 0.200, 0.7),
+    Tile(192, 128, 3, 1, 1, 0.552, 0.75),
+    Tile(192, 96, 3, 1, 1, 0.48, 0.6),
+    Tile(128, 144, 2, 1, 1, 0.444, 1.45),
+    Tile(128, 32, 2, 1, 1, 0.167, 0.5),
+    Tile(64, 32, 1, 1, 1, 0.132, 0.6),
+    Tile(64, 16, 1, 1, 1, 0.115, 0.6),
 )
 DENSE_BF16_TILES = (
     Tile(128, 64, 2, 1, 1, 0.260, 0.8),
     Tile(64, 64, 1, 1, 1, 0.180, 0.8),
 )
-# Times a block's cost, if there is a scale for each column, or if scales are the same for all of K.
-TIMES = {"channels": 1.2, "rows": 0.88}
-LAUNCH_US = 4.2  # until the first bytes are there
-BYTES_PER_US = 4.5e6  # of device memory
+CHANNELS = 1.2  # times a block's cost, if there is a scale for each column
+LAUNCH_US = 3.4  # until the first bytes are there
+CLUSTER_US = 1.0  # until the CTAs of a cluster have found each other
+BYTES_PER_US = 4.1e6  # of device memory
 # Tiles that so few rows of A leave nearly empty read B no faster than that.
 FEW, FEW_BYTES_PER_US = 32, 2.6e6
 L2_BYTES = 50e6
@@ -253,12 +254,10 @@ FEW_ROWS = (
     (128, 2, 2),
     (128, 3, 1),
 )
-# On an H200: until the first bytes are there; the bytes of B that it reads, which it has replace
-# each other in L2, and what it costs to read them again for the next rows of A; those of A and B
-# that one multiprocessor multiplies, and promotes if they have scales; those that it exchanges in
-# its cluster; an element's store.
+# On an H200: until the first bytes are there; what it costs to read B again for the next rows of A;
+# the bytes of A and B that one multiprocessor multiplies, and promotes if they have scales; those
+# that it exchanges in its cluster; an element's store.
 FIRST_BYTES_US = 3.9
-B_PER_US = 4.1e6
 AGAIN = 0.25
 MULTIPLIED_PER_US = {"blocks": 110e3, "none": 190e3}
 EXCHANGED_PER_US = 12.5e3
@@ -298,6 +297,8 @@ def _few_rows(problem: Problem, device: Device) -> Iterator[FewRows]:
     fields = {field.name for field in dataclasses.fields(FewRows)}
     form = {name: value for name, value in problem.variant.items() if name in fields}
     for block_m, consumers, split in FEW_ROWS:
+        if block_m >= 2 * max(problem.m, FEW):
+            continue
         slot = (block_m + 64 * consumers) * ROW_BYTES
         enough = min(MAX_STAGES, max(FEW_STAGES, math.ceil(IN_FLIGHT / slot)))
 
@@ -349,13 +350,13 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     else:
         rounds = math.ceil(problem.batch * math.ceil(rows) * columns / at_once)
     blocks = math.ceil(problem.k / problem.block_k)
-    block_us = tile.block_us * TIMES.get(problem.scales, 1)
+    block_us = tile.block_us * {"channels": CHANNELS, "rows": tile.rows}.get(problem.scales, 1)
     busy_us = rounds * (blocks * block_us + tile.store_us)
     pace = BYTES_PER_US if grouped or problem.m > FEW else FEW_BYTES_PER_US
     memory_us = moved / pace + min(moved, L2_BYTES) * WRITTEN_BACK_US
-    # Of many small problems each takes its turn at waiting for memory: their 3-norm is what fits.
-    both_us = (busy_us**3 + memory_us**3) ** (1 / 3) if grouped else max(busy_us, memory_us)
-    return float(LAUNCH_US + both_us) * 1e-6
+    # Neither hides the other wholly when they are nearly alike: their 3-norm is what fits.
+    both_us = (busy_us**3 + memory_us**3) ** (1 / 3)
+    return float(LAUNCH_US + (cluster > 1) * CLUSTER_US + both_us) * 1e-6
 
 
 def _few_rows_seconds(problem: Problem, config: FewRows, device: Device) -> float:
@@ -366,7 +367,7 @@ def _few_rows_seconds(problem: Problem, config: FewRows, device: Device) -> floa
     rounds = math.ceil(problem.batch * tiles_m * tiles_n / (config.num_sms(device) // split))
     b_bytes = problem.batch * problem.n * _row_bytes(problem)
     blocks = math.ceil(problem.k / problem.block_k)
-    read_us = (_moved_bytes(problem) + AGAIN * (tiles_m - 1) * b_bytes) / B_PER_US
+    read_us = (_moved_bytes(problem) + AGAIN * (tiles_m - 1) * b_bytes) / BYTES_PER_US
     multiplied = rounds * math.ceil(blocks / split) * (rows + columns) * ROW_BYTES
     multiply_us = multiplied / MULTIPLIED_PER_US[problem.scales]
     exchange_us = rounds * (split - 1) / split * rows * columns * 4 / EXCHANGED_PER_US
@@ -400,7 +401,7 @@ def choose(problem: Problem, device: Device) -> AnyConfig:
 
 def variants(device: Device = H200) -> list[AnyConfig]:
     """Every config that `choose` may return for FP8 in e4m3 and for bfloat16."""
-    sizes: dict[str, Any] = {"m": 1, "n": 1, "k": 1, "batch": 1, "accumulate": False}
+    sizes: dict[str, Any] = {"m": 128, "n": 1, "k": 1, "batch": 1, "accumulate": False}
     forms: list[tuple[dict[str, Any], Sequence[str]]] = [
         ({"scales": "blocks"}, ("dense", "contiguous", "masked")),
         ({"scales": "rows"}, ("dense",)),
