@@ -119,7 +119,7 @@ def forms(seed: int = 0) -> Iterator[Form]:
     in_order = np.repeat([*range(GROUPS), -1], [*SIZES, M - ENDS[-1]])
     shuffled = np.repeat(rng.integers(-1, GROUPS, M // 8), 8)
     padded = np.repeat(
-        [-1, 1, -1, 1, -1, 4, 0, -1, 2, -1], [3, 20, 130, 1, 15, 70, 10, 12, 30, M - 291]
+        [-1, 1, -1, 1, -1, 4, 0, -1, 2, -1], [3, 20, 130, 1, 15, 73, 10, 12, 30, M - 294]
     )
     for order, ids in (("sorted", in_order), ("shuffled", shuffled), ("padded", padded)):
         ids = ids.astype(np.int32)

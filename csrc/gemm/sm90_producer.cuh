@@ -15,16 +15,16 @@ struct Rows {
                               : edge_rows ? edge_rows
                                           : 1;
 
-  const TensorMap* map;
   int row, valid, batch;
+  const TensorMap* map;
   unsigned short peer_mask;
 
   __forceinline__ Rows(const TensorMap& map, const TensorMap& edge, int row, int end, int batch,
                        unsigned short peer_mask)
-      : map(row + rows <= end ? &map : &edge),
-        row(row),
+      : row(row),
         valid(loaded(end - row, rows)),
         batch(batch),
+        map(valid == rows ? &map : &edge),
         peer_mask(peer_mask) {}
 
   // How many of so many rows are loaded if no more than these are the operand's.
