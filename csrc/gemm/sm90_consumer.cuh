@@ -119,7 +119,7 @@ __forceinline__ int begin_tile(Reader& reader, int tile) {
   return uniform(load_shared_int(reader.ring.tile(tile) + 16));
 }
 
-__forceinline__ void begin_block(Reader& reader, int tile, int i, int blocks) {
+__forceinline__ void cut_ends(Reader& reader, int tile, int i, int blocks) {
   if (config.groups == kAlongK && (i == 0 || i == blocks - 1)) {
     cut(reader.ring, reader.ring.tile(tile), i);
   }
@@ -262,7 +262,7 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
     if (blocks == 0) break;
     const int boundary = 128 - int(uniform(load_shared_int(reader.ring.tile(tile) + 8)) % 128);
     for (int i = 0;;) {
-      begin_block(reader, tile, i, blocks);
+      cut_ends(reader, tile, i, blocks);
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
         Part factors;                   // kChannels
@@ -324,7 +324,7 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
     pin_all();
     for (int i = 0; i < blocks; ++i) {
       reader.wait();
-      begin_block(reader, tile, i, blocks);
+      cut_ends(reader, tile, i, blocks);
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
         reader.product(promotes ? part : sum[w], w, !promotes || i % kAddUp > 0);

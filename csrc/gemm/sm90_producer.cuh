@@ -5,47 +5,40 @@
 
 namespace deepgemm::gemm {
 
-// One operand's part of a tile, in each block of K: rows `row` on up to the operand's end. What is
-// behind it is left as it is, for it takes the copy engine longer to fill rows with zeros than to
-// load them, and nothing of D that depends on them is stored. The boxes at the end are of
-// `edge_rows`, or of as many as are left.
+// One operand's part of a tile, in each block of K: rows `row` on. At the operand's end (not
+// `whole`) what is behind it is left as it is, for it takes the copy engine longer to fill rows
+// with zeros than to load them, and nothing of D that depends on them is stored. The boxes there
+// are of `edge_rows`, or of as many as are left.
 template <bool mn_major, int rows, int peers, int edge_rows = 0>
 struct Rows {
   static constexpr int kBox = mn_major    ? kRowBytes / config.element_bytes()
                               : edge_rows ? edge_rows
                                           : 1;
 
-  int row, valid, batch;
-  const TensorMap* map;
+  const TensorMap &whole_map, &edge_map;
+  int row, end, batch;
   unsigned short peer_mask;
 
-  __forceinline__ Rows(const TensorMap& map, const TensorMap& edge, int row, int end, int batch,
-                       unsigned short peer_mask)
-      : row(row),
-        valid(loaded(end - row, rows)),
-        batch(batch),
-        map(valid == rows ? &map : &edge),
-        peer_mask(peer_mask) {}
-
-  // How many of so many rows are loaded if no more than these are the operand's.
-  static __forceinline__ int loaded(int valid, int count) {
-    return max(min(ceil_div(valid, kBox) * kBox, count), 0);
+  // How many of so many rows from a first one on are loaded.
+  __forceinline__ int loaded(int first, int count) const {
+    return max(min(ceil_div(end - first, kBox) * kBox, count), 0);
   }
 
+  template <bool whole>
   __forceinline__ void load(uint32_t shared, uint32_t barrier, int kb) const {
-    const int k = kb * config.block_k();
+    const int k = kb * config.block_k(), valid = whole ? rows : loaded(row, rows);
     if constexpr (mn_major) {
 #pragma unroll
       for (int i = 0; i < rows; i += kBox) {
         if (i >= valid) break;
-        tma_load<peers>(shared + i * kRowBytes, map, barrier, row + i, k, batch, peer_mask);
+        tma_load<peers>(shared + i * kRowBytes, &whole_map, barrier, row + i, k, batch, peer_mask);
       }
-    } else if (edge_rows == 0 || valid == rows) {
-      if (valid > 0) tma_load<peers>(shared, map, barrier, k, row, batch, peer_mask);
+    } else if (valid == rows) {
+      tma_load<peers>(shared, &whole_map, barrier, k, row, batch, peer_mask);
     } else {
 #pragma unroll 1
-      for (int i = 0; i < valid; i += kBox) {
-        tma_load<peers>(shared + i * kRowBytes, map, barrier, k, row + i, batch, peer_mask);
+      for (int i = 0; i < valid; i += edge_rows ? edge_rows : rows) {
+        tma_load<peers>(shared + i * kRowBytes, &edge_map, barrier, k, row + i, batch, peer_mask);
       }
     }
   }
@@ -67,25 +60,34 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   constexpr int b_rows = config.block_n / config.cluster_m;
   // Groups of rows begin anywhere: what is left of the last one is not known to the host.
   constexpr int edge_rows = config.groups == kContiguous ? kEdgeRows : 0;
-  using RowsOfA = Rows<config.a_mn_major, a_rows, config.cluster_n, edge_rows>;
-  using RowsOfB = Rows<config.b_mn_major, b_rows, config.cluster_m>;
   const int a_part = tile.n_rank * a_rows, b_part = tile.m_rank * b_rows;
   unsigned short a_peers = 0, b_peers = 0;
   for (int i = 0; i < config.cluster_n; ++i) a_peers |= 1 << (tile.m_rank + i * config.cluster_m);
   for (int i = 0; i < config.cluster_m; ++i) b_peers |= 1 << (i + tile.n_rank * config.cluster_m);
   int number = 0;
   for (; !tile.done; tile.next(), number = next_tile(number)) {
-    const RowsOfA a(p.a, p.a_edge, tile.m0 + a_part, p.m, tile.a_batch, a_peers);
-    const RowsOfB b(p.b, p.b_edge, tile.n0 + b_part, p.n, tile.b_batch, b_peers);
-    const int bytes = kRowBytes * (RowsOfA::loaded(p.m - tile.m0, config.block_m) +
-                                   RowsOfB::loaded(p.n - tile.n0, config.block_n));
-    const int last_block = tile.last_block();
-    for (int kb = tile.first_block(); kb < last_block; ++kb, ring.advance()) {
-      barrier_wait(ring.empty(), ring.parity ^ 1);
-      if (kb == tile.first_block()) announce(ring.tile(number), tile);
-      barrier_arrive_expect(ring.full(), bytes);
-      a.load(ring.a() + a_part * kRowBytes, ring.full(), kb);
-      b.load(ring.b() + b_part * kRowBytes, ring.full(), kb);
+    const Rows<config.a_mn_major, a_rows, config.cluster_n, edge_rows> a{
+        p.a, p.a_edge, tile.m0 + a_part, p.m, tile.a_batch, a_peers};
+    const Rows<config.b_mn_major, b_rows, config.cluster_m> b{p.b, p.b_edge,     tile.n0 + b_part,
+                                                              p.n, tile.b_batch, b_peers};
+    const auto copy = [&]<bool whole>() {
+      const int bytes =
+          whole
+              ? config.a_bytes() + config.b_bytes()
+              : kRowBytes * (a.loaded(tile.m0, config.block_m) + b.loaded(tile.n0, config.block_n));
+      const int last_block = tile.last_block();
+      for (int kb = tile.first_block(); kb < last_block; ++kb, ring.advance()) {
+        barrier_wait(ring.empty(), ring.parity ^ 1);
+        if (kb == tile.first_block()) announce(ring.tile(number), tile);
+        barrier_arrive_expect(ring.full(), bytes);
+        a.template load<whole>(ring.a() + a_part * kRowBytes, ring.full(), kb);
+        b.template load<whole>(ring.b() + b_part * kRowBytes, ring.full(), kb);
+      }
+    };
+    if (tile.m0 + config.block_m <= p.m && tile.n0 + config.block_n <= p.n) {
+      copy.template operator()<true>();
+    } else {
+      copy.template operator()<false>();
     }
   }
   barrier_wait(ring.empty(), ring.parity ^ 1);
