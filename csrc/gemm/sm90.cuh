@@ -72,10 +72,10 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
   } else {
     if constexpr (kMoveRegisters) grow_registers<kConsumerRegisters>();
     consume(params, ring, warp / 4);
-    // No CTA may leave while another one of its cluster still signals or writes into it. Its other
-    // warps may: they are no longer counted.
-    if constexpr (config.cluster() > 1) cluster_sync();
   }
+
+  // No CTA may leave while another one of its cluster still signals or writes into it.
+  if constexpr (config.cluster() > 1) cluster_sync();
 }
 
 }  // namespace deepgemm::gemm

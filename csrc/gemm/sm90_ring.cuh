@@ -64,8 +64,7 @@ struct Tiles {
   bool done;
 
   __forceinline__ explicit Tiles(const Params& p) : p(p), index(blockIdx.x / config.cluster()) {
-    // Not asked of the hardware: the compiler then knows that all that follows from it is uniform.
-    const int rank = blockIdx.x % config.cluster();
+    const int rank = config.cluster() == 1 ? 0 : cluster_rank();
     m_rank = rank % config.cluster_m;
     n_rank = rank / config.cluster_m;
     locate();

@@ -31,7 +31,8 @@ struct Barrier {
 
 // What a group of threads arrives at to go on together.
 struct Meeting {
-  unsigned arrived = 0, generation = 0;
+  int arrived = 0;
+  unsigned generation = 0;
 };
 
 struct Warp {
@@ -79,7 +80,6 @@ struct Cluster {
   std::deque<std::function<void()>> copies;  // under way
   std::mt19937 random{1};
   Meeting meeting;
-  unsigned left;  // threads that have not exited
   long events = 0;
 };
 
@@ -99,18 +99,14 @@ inline Thread& self() { return *current; }
 inline void yield() { swapcontext(&self().context, &scheduler); }
 inline void happened() { ++running->events; }
 
-inline void end_if_all_arrived(Meeting& meeting, unsigned threads) {
-  if (meeting.arrived < threads) return;
-  meeting.arrived = 0;
-  ++meeting.generation;
-}
-
 // The generation of those who go on together.
-inline unsigned arrive(Meeting& meeting, unsigned threads) {
+inline unsigned arrive(Meeting& meeting, int threads) {
   const unsigned generation = meeting.generation;
   happened();
-  ++meeting.arrived;
-  end_if_all_arrived(meeting, threads);
+  if (++meeting.arrived == threads) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+  }
   return generation;
 }
 
@@ -167,21 +163,19 @@ inline void later(std::function<void()> copy) { running->copies.push_back(std::m
 inline void enter() {
   body();
   self().done = true;
-  // Who has exited is not waited for.
-  if (--running->left) end_if_all_arrived(running->meeting, running->left);
   happened();
   yield();
 }
 
 inline void run(Cluster& cluster) {
   running = &cluster;
-  cluster.left = cluster.threads.size();
-  while (cluster.left) {
+  for (size_t left = cluster.threads.size(); left;) {
     const long before = cluster.events;
     for (auto& thread : cluster.threads) {
       if (thread->done) continue;
       current = thread.get();
       swapcontext(&scheduler, &current->context);
+      left -= current->done;
       while (!cluster.copies.empty() && cluster.random() % 64 == 0) {
         const size_t which = cluster.random() % cluster.copies.size();
         const auto copy = cluster.copies[which];
