@@ -38,7 +38,7 @@ def test_runs(find_runs, m, longest):
     ids = np.resize(ids, m).astype(np.int32)
     spans = find_runs(ids)
     # Those of no group from the other end.
-    for spans, groups in ((spans, True), (spans[::-1], False)):
+    for found, groups in ((spans, True), (spans[::-1], False)):
         expected = [run for run in expected_runs(ids) if (run[2] >= 0) == groups]
-        np.testing.assert_array_equal(spans[: len(expected), :3], np.reshape(expected, (-1, 3)))
-        assert spans[len(expected), 0] == m
+        np.testing.assert_array_equal(found[: len(expected), :3], np.reshape(expected, (-1, 3)))
+        assert found[len(expected), 0] == m
