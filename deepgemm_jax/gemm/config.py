@@ -195,7 +195,10 @@ class FewRows(AnyConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A shape of tile, and its cost on an H200 with all multiprocessors at work."""
+    """A shape of tile, and its cost with all multiprocessors at work.
+
+    On an H100 for FP8, on an H200 for bfloat16.
+    """
 
     block_m: int
     block_n: int
@@ -222,7 +225,8 @@ BF16_TILES = (
     Tile(128, 128, 2, 1, 1, 0.380, 0.9),
     Tile(64, 128, 1, 1, 1, 0.250, 0.9),
 )
-# For small problems and odd widths; many groups fill the GPU without.
+# Not for groups, which fill the GPU without those for small problems and odd widths, and are faster
+# where a pair shares A.
 DENSE_FP8_TILES = (
     Tile(192, 128, 3, 1, 1, 0.552, 0.75),
     Tile(192, 96, 3, 1, 1, 0.48, 0.6),
@@ -401,6 +405,7 @@ def choose(problem: Problem, device: Device) -> AnyConfig:
 
 def variants(device: Device = H200) -> list[AnyConfig]:
     """Every config that `choose` may return for FP8 in e4m3 and for bfloat16."""
+    # So many rows that no tile is left out for holding twice as many.
     sizes: dict[str, Any] = {"m": 128, "n": 1, "k": 1, "batch": 1, "accumulate": False}
     forms: list[tuple[dict[str, Any], Sequence[str]]] = [
         ({"scales": "blocks"}, ("dense", "contiguous", "masked")),
