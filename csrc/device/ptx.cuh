@@ -279,11 +279,8 @@ __forceinline__ int cluster_rank() {
   return rank;
 }
 
-__forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// The two halves of cluster_sync, for what needs no more order than barriers that have been set up.
+// Together these have the cluster's CTAs wait for each other, and order no more than barriers that
+// have been set up: a release would wait for all of a thread's stores.
 __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

@@ -49,12 +49,13 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     fence_barrier_init();
   }
   if constexpr (config.cluster() > 1) {
-    cluster_sync();
+    cluster_arrive();
   } else {
     __syncthreads();
   }
   let_next_kernel_start();
   wait_for_previous_kernel();
+  if constexpr (config.cluster() > 1) cluster_wait();
 
   if (warp / 4 == config.consumers) {
     if constexpr (kMoveRegisters) shrink_registers<kProducerRegisters>();
@@ -73,9 +74,6 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     if constexpr (kMoveRegisters) grow_registers<kConsumerRegisters>();
     consume(params, ring, warp / 4);
   }
-
-  // No CTA may leave while another one of its cluster still signals or writes into it.
-  if constexpr (config.cluster() > 1) cluster_sync();
 }
 
 }  // namespace deepgemm::gemm

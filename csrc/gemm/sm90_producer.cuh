@@ -93,6 +93,13 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   barrier_wait(ring.empty(), ring.parity ^ 1);
   store_shared_quad(ring.tile(number) + 16, make_uint4(0, 0, 0, 0));
   barrier_arrive(ring.full());
+  if constexpr (config.cluster() > 1) {
+    // No CTA may leave while consumers of another one still signal that a slot is empty.
+    for (int i = 1; i < config.stages; ++i) {
+      ring.advance();
+      barrier_wait(ring.empty(), ring.parity ^ 1);
+    }
+  }
 }
 
 // What one lane of the scale warps brings of each block of K.

@@ -209,7 +209,6 @@ inline void stmatrix_transposed(uint32_t shared, uint32_t x0, uint32_t x1, uint3
 
 inline uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 inline int cluster_rank() { return sim::self().cta->rank; }
-inline void cluster_sync() { sim::meet(sim::running->meeting, sim::running->threads.size()); }
 inline void cluster_arrive() {
   sim::self().arrived_in = sim::arrive(sim::running->meeting, sim::running->threads.size());
 }
