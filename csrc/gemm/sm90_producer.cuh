@@ -26,18 +26,18 @@ struct Rows {
 
   template <bool whole>
   __forceinline__ void load(uint32_t shared, uint32_t barrier, int kb) const {
-    const int k = kb * config.block_k(), valid = whole ? rows : loaded(row, rows);
+    const int k = kb * config.block_k(), left = whole ? rows : end - row;
     if constexpr (mn_major) {
 #pragma unroll
       for (int i = 0; i < rows; i += kBox) {
-        if (i >= valid) break;
+        if (i >= left) break;
         tma_load<peers>(shared + i * kRowBytes, &whole_map, barrier, row + i, k, batch, peer_mask);
       }
-    } else if (valid == rows) {
+    } else if (left >= rows) {
       tma_load<peers>(shared, &whole_map, barrier, k, row, batch, peer_mask);
     } else {
 #pragma unroll 1
-      for (int i = 0; i < valid; i += edge_rows ? edge_rows : rows) {
+      for (int i = 0; i < left; i += edge_rows ? edge_rows : rows) {
         tma_load<peers>(shared + i * kRowBytes, &edge_map, barrier, k, row + i, batch, peer_mask);
       }
     }
