@@ -19,6 +19,17 @@ extern "C" void run(const deepgemm::{family}::{params}* params) {{
 """
 
 
+class Divisor(ctypes.Structure):
+    """As in csrc/device/types.h."""
+
+    _fields_ = [("magic", ctypes.c_uint), ("shift", ctypes.c_int)]
+
+    @classmethod
+    def of(cls, divisor: int) -> "Divisor":
+        shift = 31 + (divisor - 1).bit_length()
+        return cls(2**shift // divisor + 1, shift)
+
+
 class SimulatedKernel:
     """One variant of a kernel; `params` is a ctypes.Structure like the kernel's own."""
 

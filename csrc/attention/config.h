@@ -63,15 +63,17 @@ struct Params {
   const int* pages;      // [sequences, max_pages]: where a sequence's keys are; null: in order
   void* logits;          // [sequences * queries, columns]
   int sequences, queries, heads;
-  int keys_end;     // the most keys that a sequence has
-  int columns;      // of a row of logits
-  int page_keys;    // keys of one load
-  int max_pages;    // of a sequence
-  int cache_pages;  // that a cache has, and
-  int cache_share;  // how many sequences share one
-  int out_float32;  // logits are float32, otherwise bfloat16
-  int compressed;   // column 0 is a query's first key, otherwise key 0
-  int clean;        // what a query does not see is -inf, otherwise unspecified
+  int keys_end;       // the most keys that a sequence has
+  int columns;        // of a row of logits
+  int page_keys;      // keys of one load
+  int max_pages;      // of a sequence
+  int cache_pages;    // that a cache has
+  int out_float32;    // logits are float32, otherwise bfloat16
+  int compressed;     // column 0 is a query's first key, otherwise key 0
+  int clean;          // what a query does not see is -inf, otherwise unspecified
+  Divisor by_blocks;  // of a sequence's queries
+  Divisor by_ctas, by_page_keys;
+  Divisor by_sharers;  // sequences that share a cache
 };
 
 struct TopkConfig {

@@ -52,7 +52,7 @@ attention::Operands operands_of(const LogitsState& state, const ffi::AnyBuffer& 
 }
 
 void launch(jit::CUstream stream, const LogitsState& state, const attention::Operands& operands) {
-  attention::Params params = attention::params_of(state.config, operands);
+  attention::Params params = attention::params_of(state.config, state.num_sms, operands);
   void* args[] = {&params};
   state.kernel.launch(
       {stream, static_cast<unsigned>(state.num_sms), static_cast<unsigned>(state.config.threads()),

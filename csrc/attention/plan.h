@@ -39,7 +39,7 @@ inline TensorMap scale_map(const void* address, uint64_t count, uint64_t rows, u
                          {stride, stride * rows}, {box, 1, 1}, jit::CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
-inline Params params_of(const Config& config, const Operands& x) {
+inline Params params_of(const Config& config, int ctas, const Operands& x) {
   Params p = {};
   p.q = byte_map(x.q, x.depth, x.heads, x.sequences * x.queries, x.heads * x.depth, config.heads,
                  config.block_queries());
@@ -63,7 +63,7 @@ inline Params params_of(const Config& config, const Operands& x) {
     p.page_keys = x.keys_each;
     p.max_pages = x.max_pages;
     p.cache_pages = x.cache_pages;
-    p.cache_share = x.sequences / x.caches;
+    p.by_sharers = Divisor::of(x.sequences / x.caches);
     p.keys_end = std::min(x.columns, x.max_pages * x.keys_each);
   } else {
     const uint64_t count = x.sequences * x.keys_each;
@@ -73,6 +73,9 @@ inline Params params_of(const Config& config, const Operands& x) {
     p.scales = scale_map(x.scales, count, 1, (count * 4 + 15) / 16 * 16, kScaleBox);
     p.keys_end = x.keys_each;
   }
+  p.by_blocks = Divisor::of(ceil_div(p.queries, config.block_queries()));
+  p.by_ctas = Divisor::of(ctas);
+  p.by_page_keys = Divisor::of(p.page_keys);
   return p;
 }
 

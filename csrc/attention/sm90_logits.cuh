@@ -80,7 +80,7 @@ using Keys = Place<config.stages>;
 __forceinline__ int locate(const Params& p, const Part& part, int number) {
   const int key = number * p.page_keys;
   if (!p.pages) return part.sequence * p.keys_end + key;
-  const int cache = part.sequence / p.cache_share * p.cache_pages;
+  const int cache = p.by_sharers(part.sequence) * p.cache_pages;
   if (key >= part.keys_end || number >= p.max_pages) return -1;
   const int page = p.pages[static_cast<long long>(part.sequence) * p.max_pages + number];
   return page < 0 || page >= p.cache_pages ? -1 : cache + page;
@@ -105,7 +105,7 @@ __forceinline__ void copy(const Params& p, Share share, Memory memory, Part* par
     const Part part = next_part<config>(p, share);
     barrier_wait(memory.q_empty(q.slot), q.parity ^ 1);
     const bool any = part.tiles.begin != part.tiles.end;
-    int number = part.tiles.begin * (kTileKeys / p.page_keys) + lane;  // of a page to look up
+    int number = part.tiles.begin * p.by_page_keys(kTileKeys) + lane;  // of a page to look up
     int page, next_page = locate(p, part, number);
     for (int i = lane; any && i < config.block_queries() * config.heads; i += 32) {
       const int query = i / config.heads, head = i % config.heads;
@@ -370,12 +370,13 @@ __forceinline__ void prefetch_tables(const Params& p) {
 // as many; by a warp.
 __forceinline__ void prefetch_likely_keys(const Params& p) {
   const int lane = threadIdx.x % 32;
-  if (!p.pages || lane >= config.stages) return;
-  const long long place = static_cast<long long>(blockIdx.x) * p.sequences;
+  if (!p.pages || lane >= config.stages || p.sequences > p.by_ctas(0x7fffffff)) return;
+  const int place = blockIdx.x * p.sequences;
   Part part = {};
-  part.sequence = place / gridDim.x;
+  part.sequence = p.by_ctas(place);
   part.keys_end = max(0, min(p.end[(part.sequence + 1) * p.queries - 1], p.keys_end));
-  const int first = place % gridDim.x * (part.keys_end / p.page_keys) / gridDim.x;
+  const int first =
+      p.by_ctas((place - part.sequence * int(gridDim.x)) * p.by_page_keys(part.keys_end));
   const int page = locate(p, part, first + lane);
   if (page < 0) return;
   tma_prefetch_once(&p.keys, 0, 0, page);

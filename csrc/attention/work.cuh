@@ -23,8 +23,8 @@ template <Config config, int lanes>
 __forceinline__ Part block_at(const Params& p, int index) {
   const int blocks = ceil_div(p.queries, config.block_queries());  // of a sequence
   Part part = {};
-  part.sequence = index / blocks;
-  const int skipped = index % blocks * config.block_queries();
+  part.sequence = p.by_blocks(index);
+  const int skipped = (index - part.sequence * blocks) * config.block_queries();
   part.query = part.sequence * p.queries + skipped;
   part.queries = min(config.block_queries(), p.queries - skipped);
   Range all = {0x7fffffff, 0};
@@ -90,7 +90,7 @@ __forceinline__ Share share_of_cta(const Params& p, Scratch& scratch) {
     if (i == warp) before += total;
     total += scratch.sums[i];
   }
-  const int share = ceil_div(total, gridDim.x);
+  const int share = p.by_ctas(total + gridDim.x - 1);
   const int begin = min(total, static_cast<int>(blockIdx.x) * share);
   const int remain = min(share, total - begin);
   if (before <= begin && begin < before + own) {

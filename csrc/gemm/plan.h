@@ -84,7 +84,8 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   const double aspect =
       double(config.block_n * config.cluster_n) / (config.block_m * config.cluster_m);
   const int band = std::lround(std::sqrt(clusters * aspect));
-  p.order = {rows, columns, config.groups == kDense ? p.num_groups : 1, std::clamp(band, 1, rows)};
+  p.order = TileOrder::of(rows, columns, config.groups == kDense ? p.num_groups : 1,
+                          std::clamp(band, 1, rows));
   return {p, clusters};
 }
 
@@ -108,7 +109,7 @@ inline Plan plan(const FewRows& config, int num_sms, const Operands& x) {
   p.blocks_k = ceil_div(p.k, config.block_k());
   const int rows = ceil_div(p.m, config.block_m), columns = ceil_div(p.n, config.block_n());
   // Tiles of the same rows of B come one after the other.
-  p.order = {rows, columns, static_cast<int>(x.d.batch), rows};
+  p.order = TileOrder::of(rows, columns, x.d.batch, rows);
   return {p, std::min(num_sms / config.split, p.order.count())};
 }
 

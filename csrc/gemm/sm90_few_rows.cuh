@@ -412,13 +412,12 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     multiply(params, ring, share, rank, warp / 4);
   } else {
     if constexpr (kMoveRegisters) shrink_registers<kProducerRegisters>();
+    if constexpr (config.split > 1) cluster_wait();
     if (warp == kConsumerWarps) {
       if (elect_one()) copy_tiles(params, ring, share);
-      __syncwarp();
     } else if (kScaled && warp == kConsumerWarps + 1) {
       copy_scales(params, ring, share);
     }
-    if constexpr (config.split > 1) cluster_wait();
   }
 }
 

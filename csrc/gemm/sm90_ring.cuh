@@ -73,17 +73,17 @@ struct Tiles {
   __forceinline__ void locate() {
     k0 = k_end = 0;
     m_end = p.m;
-    TileOrder order = p.order;
     if constexpr (config.groups == kDense) {
-      done = index >= order.count();
+      done = index >= p.order.count();
       if (done) return;
-      const Tile t = order(index);
+      const Tile t = p.order(index);
       k_end = p.k;
       a_batch = b_batch = d_batch = t.batch;
       place(0, t);
     } else {
       Span span;
-      for (;; index -= order.count(), number += number < 0 ? -1 : 1) {
+      int rows = p.order.rows, count;
+      for (;; index -= count, number += number < 0 ? -1 : 1) {
         done = !next_span(span);
         // The tiles of no group, which take little time, come last.
         if (config.groups == kContiguous && done && number >= 0) {
@@ -92,9 +92,10 @@ struct Tiles {
         }
         if (done) return;
         if constexpr (config.groups != kAlongK) {
-          order.rows = ceil_div(span.end - span.start, config.block_m * config.cluster_m);
+          rows = ceil_div(span.end - span.start, config.block_m * config.cluster_m);
         }
-        if (index < order.count()) break;
+        count = rows * p.order.columns;
+        if (index < count) break;
       }
       if constexpr (config.groups == kAlongK) {
         k0 = span.start;
@@ -109,7 +110,7 @@ struct Tiles {
       a_batch = config.groups == kMasked ? number : 0;
       b_batch = config.groups == kAlongK ? 0 : span.group;
       d_batch = config.groups == kContiguous ? 0 : number;
-      place(span.start, order(index));
+      place(span.start, p.order.in_group(index, rows));
     }
   }
 

@@ -9,6 +9,7 @@ struct Params {
   const unsigned char* x;  // [batch, m, n]
   unsigned char* y;        // [batch, n, m]
   int batch, m, n;
+  Divisor by_tiles_m, by_tiles_n;
 };
 
 struct Config {

@@ -27,6 +27,8 @@ ffi::Error execute(jit::CUstream stream, State* state, ffi::AnyBuffer x,
     params.batch = dims.size() == 3 ? dims.front() : 1;
     params.m = dims[dims.size() - 2];
     params.n = dims.back();
+    params.by_tiles_m = Divisor::of(config.tiles_m(params));
+    params.by_tiles_n = Divisor::of(config.tiles_n(params));
 
     void* args[] = {&params};
     state->kernel.launch({stream, static_cast<unsigned>(config.ctas(params)),

@@ -40,10 +40,10 @@ __forceinline__ uint4& staged(uint4* tile, int row, int unit) {
 __forceinline__ void transpose_tile(const Params& p, uint4* tile) {
   constexpr int kPerWord = 4 / config.element_bytes;
   const int across = threadIdx.x % kSide, down = threadIdx.x / kSide;
-  const unsigned tile_m = blockIdx.x / unsigned(config.tiles_n(p));
-  const int n0 = blockIdx.x % unsigned(config.tiles_n(p)) * config.tile();
-  const int m0 = tile_m % unsigned(config.tiles_m(p)) * config.tile();
-  const long long batch = (long long)(tile_m / unsigned(config.tiles_m(p))) * p.m * p.n;
+  const int along_m = p.by_tiles_n(blockIdx.x), matrix = p.by_tiles_m(along_m);
+  const int n0 = (blockIdx.x - along_m * config.tiles_n(p)) * config.tile();
+  const int m0 = (along_m - matrix * config.tiles_m(p)) * config.tile();
+  const long long batch = (long long)matrix * p.m * p.n;
 
   uint32_t x[kRows][4] = {};
   {

@@ -28,6 +28,7 @@ struct RowsParams {
   float* d_weights;      // [m, blocks], in a backward pass: sums over the columns of a block
   int m, k;
   int round_up;  // scales to powers of two
+  Divisor by_blocks;
 
   constexpr int blocks() const { return ceil_div(k, kBlock); }  // of 128 columns
 };
@@ -82,6 +83,7 @@ struct TilesParams {
   int batch, m, k, groups;
   int t_rows;  // rows of x as the transposed has them, with what fills up groups
   int round_up;
+  Divisor by_tiles_m, by_tiles_k;
 
   constexpr int tiles_m() const { return ceil_div(t_rows, kBlock); }
   constexpr int tiles_k() const { return ceil_div(k, kBlock); }

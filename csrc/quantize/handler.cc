@@ -49,6 +49,7 @@ ffi::Error rows_execute(jit::CUstream stream, RowsState* state, ffi::AnyBuffer x
     params.m = x.dimensions()[0];
     params.k = x.dimensions()[1] / (config.gated() ? 2 : 1);
     params.round_up = state->round_up;
+    params.by_blocks = Divisor::of(params.blocks());
 
     void* args[] = {&params};
     state->kernel.launch(
@@ -81,6 +82,8 @@ ffi::Error tiles_execute(jit::CUstream stream, TilesState* state, ffi::AnyBuffer
       params.t_rows = t_data->dimensions().back();
     }
     params.round_up = state->round_up;
+    params.by_tiles_m = Divisor::of(params.tiles_m());
+    params.by_tiles_k = Divisor::of(params.tiles_k());
     if (group_sizes.size()) {
       const auto sizes = *group_sizes.get<ffi::AnyBuffer>(0);
       params.group_sizes = address<const int>(sizes);

@@ -174,7 +174,8 @@ extern "C" __global__ void __launch_bounds__(deepgemm::quantize::config.threads(
   deepgemm::wait_for_previous_kernel();
   deepgemm::let_next_kernel_start();
   if constexpr (config.function == kWholeRows) return quantise_whole_rows(p);
-  const unsigned warp = (blockIdx.x * config.threads() + threadIdx.x) / 32;
-  const int rows = warp / unsigned(p.blocks()) * RowsConfig::kRowsPerWarp;
-  if (rows < p.m) quantise(p, warp % unsigned(p.blocks()), rows + threadIdx.x / 16 % 2 * kRows);
+  const int warp = (blockIdx.x * config.threads() + threadIdx.x) / 32;
+  const int along_m = p.by_blocks(warp), block = warp - along_m * p.blocks();
+  const int rows = along_m * RowsConfig::kRowsPerWarp;
+  if (rows < p.m) quantise(p, block, rows + threadIdx.x / 16 % 2 * kRows);
 }

@@ -207,10 +207,10 @@ extern "C" __global__ void __launch_bounds__(deepgemm::quantize::config.threads(
     if (int(blockIdx.x) >= tiles) return clear(p, blockIdx.x - tiles);
   }
   Tile tile{p, *reinterpret_cast<Shared*>(memory)};
-  const unsigned along_m = blockIdx.x / unsigned(p.tiles_k());
-  tile.k0 = blockIdx.x % unsigned(p.tiles_k()) * kBlock;
-  tile.batch = along_m / unsigned(p.tiles_m());
-  tile.t = along_m % unsigned(p.tiles_m());
+  const int along_m = p.by_tiles_k(blockIdx.x);
+  tile.k0 = (blockIdx.x - along_m * p.tiles_k()) * kBlock;
+  tile.batch = p.by_tiles_m(along_m);
+  tile.t = along_m - tile.batch * p.tiles_m();
   tile.m0 = tile.t * kBlock;
   tile.rows = min(p.m - tile.m0, kBlock);
   if (config.tiling == kBothWays && p.group_sizes) {

@@ -16,6 +16,7 @@ struct SwigluForwardParams {
   unsigned char* kept;   // h in FP8, [m, 2 k]
   float* kept_scale;     // [2 blocks, m]
   int m, k;
+  Divisor by_blocks;
 
   constexpr int blocks() const { return k / kBlock; }  // of 128 columns
 };
@@ -51,6 +52,7 @@ struct SwigluBackwardParams {
   float* d_weights;        // [batch, m, blocks of k]: sums over the columns of a block
   int batch, m, k, groups;
   int t_rows;  // rows as the transposed have them, with what fills up groups
+  Divisor by_tiles_m, by_tiles_k;
 
   constexpr int tiles_m() const { return t_rows / kBlock; }
   constexpr int tiles_k() const { return k / kBlock; }

@@ -51,6 +51,7 @@ ffi::Error forward(jit::CUstream stream, State<SwigluForward>* state, ffi::AnyBu
     params.kept_scale = address<float>(*kept_scale);
     params.m = h.dimensions()[0];
     params.k = h.dimensions()[1] / 2;
+    params.by_blocks = Divisor::of(params.blocks());
     launch(*state, stream, params);
   });
 }
@@ -79,6 +80,8 @@ ffi::Error backward(jit::CUstream stream, State<SwigluBackward>* state, ffi::Any
     params.k = dims.back();
     params.groups = group_sizes.dimensions().back();
     params.t_rows = t_y->dimensions().back();
+    params.by_tiles_m = Divisor::of(params.tiles_m());
+    params.by_tiles_k = Divisor::of(params.tiles_k());
     launch(*state, stream, params);
   });
 }

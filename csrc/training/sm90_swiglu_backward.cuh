@@ -263,10 +263,10 @@ extern "C" __global__ void __launch_bounds__(deepgemm::training::config.threads(
   const int tiles = p.tiles();
   if (int(blockIdx.x) >= tiles) return clear(p, blockIdx.x - tiles);
   Tile tile{p, *reinterpret_cast<Shared*>(memory)};
-  const unsigned along_m = blockIdx.x / unsigned(p.tiles_k());
-  tile.k0 = blockIdx.x % unsigned(p.tiles_k()) * kBlock;
-  tile.batch = along_m / unsigned(p.tiles_m());
-  tile.t = along_m % unsigned(p.tiles_m());
+  const int along_m = p.by_tiles_k(blockIdx.x);
+  tile.k0 = (blockIdx.x - along_m * p.tiles_k()) * kBlock;
+  tile.batch = p.by_tiles_m(along_m);
+  tile.t = along_m - tile.batch * p.tiles_m();
   const deepgemm::quantize::Groups groups(p.group_sizes + tile.batch * p.groups, p.groups, p.m,
                                           tile.t * kBlock);
   tile.m0 = groups.m0;

@@ -91,8 +91,9 @@ extern "C" __global__ void __launch_bounds__(deepgemm::training::config.threads(
   using namespace deepgemm::training;
   deepgemm::wait_for_previous_kernel();
   deepgemm::let_next_kernel_start();
-  const unsigned warp = (blockIdx.x * config.threads() + threadIdx.x) / 32;
-  const int rows = warp / unsigned(p.blocks()) * SwigluForward::kRowsPerWarp;
+  const int warp = (blockIdx.x * config.threads() + threadIdx.x) / 32;
+  const int along_m = p.by_blocks(warp), block = warp - along_m * p.blocks();
+  const int rows = along_m * SwigluForward::kRowsPerWarp;
   if (rows >= p.m) return;
-  Rows{p, int(warp % unsigned(p.blocks())), rows + int(threadIdx.x) / 16 % 2 * kRows}.run();
+  Rows{p, block, rows + int(threadIdx.x) / 16 % 2 * kRows}.run();
 }

@@ -211,8 +211,8 @@ class Tile:
 
 
 FP8_TILES = (
-    Tile(256, 128, 2, 1, 2, 0.735, 1.45),
-    Tile(192, 128, 3, 1, 2, 0.547, 0.95),
+    Tile(256, 128, 2, 1, 2, 0.711, 1.40),
+    Tile(192, 128, 3, 1, 2, 0.539, 0.80),
     Tile(128, 192, 2, 1, 1, 0.557, 0.95, 0.91),
     Tile(128, 160, 2, 1, 1, 0.473, 1.0),
     Tile(128, 128, 2, 1, 1, 0.398, 0.5),
@@ -241,7 +241,8 @@ DENSE_BF16_TILES = (
 )
 CHANNELS = 1.2  # times a block's cost, if there is a scale for each column
 LAUNCH_US = 3.4  # until the first bytes are there
-CLUSTER_US = 1.0  # until the CTAs of a cluster have found each other
+MASKED_PAIR = 1.04  # times a block's cost, where the CTAs of a pair share A of masked groups
+CLUSTER_US = 0.3  # until the CTAs of a cluster have found each other
 BYTES_PER_US = 4.1e6  # of device memory
 # Tiles that so few rows of A leave nearly empty read B no faster than that.
 FEW, FEW_BYTES_PER_US = 32, 2.6e6
@@ -355,6 +356,8 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
         rounds = math.ceil(problem.batch * math.ceil(rows) * columns / at_once)
     blocks = math.ceil(problem.k / problem.block_k)
     block_us = tile.block_us * {"channels": CHANNELS, "rows": tile.rows}.get(problem.scales, 1)
+    if problem.groups == "masked" and cluster > 1:
+        block_us *= MASKED_PAIR
     busy_us = rounds * (blocks * block_us + tile.store_us)
     pace = BYTES_PER_US if grouped or problem.m > FEW else FEW_BYTES_PER_US
     memory_us = moved / pace + min(moved, L2_BYTES) * WRITTEN_BACK_US

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cast_oracles import FP8, assert_close, assert_same, random_input
-from kernel_simulator import SimulatedKernel, aligned, unwritten
+from kernel_simulator import Divisor, SimulatedKernel, aligned, unwritten
 
 from deepgemm_jax import ScaledArray
 from deepgemm_jax.quantize import (
@@ -30,6 +30,7 @@ POINTER, INT = ctypes.c_void_p, ctypes.c_int
 class RowsParams(ctypes.Structure):
     _fields_ = [(name, POINTER) for name in ("x", "dy", "weights", "data", "scale", "d_weights")]
     _fields_ += [(name, INT) for name in ("m", "k", "round_up")]
+    _fields_ += [("by_blocks", Divisor)]
 
 
 class TilesParams(ctypes.Structure):
@@ -37,6 +38,7 @@ class TilesParams(ctypes.Structure):
         (name, POINTER) for name in ("x", "group_sizes", "data", "scale", "t_data", "t_scale")
     ]
     _fields_ += [(name, INT) for name in ("batch", "m", "k", "groups", "t_rows", "round_up")]
+    _fields_ += [(name, Divisor) for name in ("by_tiles_m", "by_tiles_k")]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,8 @@ def rows(tmp_path_factory):
     @functools.cache
     def kernel(*chosen):
         integers = vars(config.rows(*chosen)).values()
-        return SimulatedKernel(folder, config.ROWS, RowsParams, integers)
+        run = SimulatedKernel(folder, config.ROWS, RowsParams, integers)
+        return lambda k, **params: run(k=k, by_blocks=Divisor.of(blocks(k)), **params)
 
     return kernel
 
@@ -57,8 +60,14 @@ def tiles(tmp_path_factory):
 
     @functools.cache
     def kernel(*chosen):
-        return SimulatedKernel(
-            folder, config.TILES, TilesParams, vars(config.tiles(*chosen)).values()
+        integers = vars(config.tiles(*chosen)).values()
+        run = SimulatedKernel(folder, config.TILES, TilesParams, integers)
+        return lambda t_rows, k, **params: run(
+            t_rows=t_rows,
+            k=k,
+            by_tiles_m=Divisor.of(blocks(t_rows)),
+            by_tiles_k=Divisor.of(blocks(k)),
+            **params,
         )
 
     return kernel

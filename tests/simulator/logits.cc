@@ -11,7 +11,7 @@ thread_local char shared[sim::Cta::kBytes];
 
 extern "C" int run(const deepgemm::attention::Operands* operands, int num_sms) {
   using namespace deepgemm::attention;
-  const Params params = params_of(config, *operands);
+  const Params params = params_of(config, num_sms, *operands);
   return sim::apart(
       [&] { sim::launch(num_sms, config.threads(), 1, [&] { kernel(params); }, shared); });
 }

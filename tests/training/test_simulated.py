@@ -5,7 +5,7 @@ import ctypes
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_simulator import SimulatedKernel, aligned, unwritten
+from kernel_simulator import Divisor, SimulatedKernel, aligned, unwritten
 
 from deepgemm_jax.quantize import per_token_cast_to_fp8
 from deepgemm_jax.training.op import BACKWARD, FORWARD, swiglu_backward, swiglu_forward
@@ -16,6 +16,7 @@ class SwigluForwardParams(ctypes.Structure):
         (name, ctypes.c_void_p) for name in ("h", "weights", "y", "y_scale", "kept", "kept_scale")
     ]
     _fields_ += [(name, ctypes.c_int) for name in ("m", "k")]
+    _fields_ += [("by_blocks", Divisor)]
 
 
 class SwigluBackwardParams(ctypes.Structure):
@@ -27,6 +28,7 @@ class SwigluBackwardParams(ctypes.Structure):
         )
     ]
     _fields_ += [(name, ctypes.c_int) for name in ("batch", "m", "k", "groups", "t_rows")]
+    _fields_ += [(name, Divisor) for name in ("by_tiles_m", "by_tiles_k")]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,7 @@ def test_forward(folder, weighted):
         kept_scale=kept_scale,
         m=m,
         k=k,
+        by_blocks=Divisor.of(k // 128),
     )
     wanted_y, wanted_kept = swiglu_forward(h, weights, "xla")
     assert_close(y, y_scale.T, wanted_y)
@@ -103,6 +106,8 @@ def test_backward(folder, sizes, weighted):
         k=k,
         groups=groups,
         t_rows=t_rows,
+        by_tiles_m=Divisor.of(t_rows // 128),
+        by_tiles_k=Divisor.of(k // 128),
     )
     for i, x in enumerate(quantised):
         row_weights = weights[i] if weighted else None
