@@ -15,18 +15,19 @@ PROGRAM = r"""
 
 #include "device/scheduler.cuh"
 
-// For each order and range of indices on stdin, the tiles as integers of the machine on stdout.
+// For each order and range of indices on stdin, the tiles as integers of the machine on stdout. In
+// a group of its own rows, if it has any.
 int main() {
-  deepgemm::TileOrder order;
-  int begin, end;
-  while (std::scanf("%d %d %d %d %d %d", &order.rows, &order.columns, &order.batch, &order.band,
-                    &begin, &end) == 6) {
+  int rows, columns, batch, band, group_rows, begin, end;
+  while (std::scanf("%d %d %d %d %d %d %d", &rows, &columns, &batch, &band, &group_rows, &begin,
+                    &end) == 7) {
+    const auto order = deepgemm::TileOrder::of(rows, columns, batch, band);
     for (int index = begin; index < end; ++index) {
-      const deepgemm::Tile tile = order(index);
+      const auto tile = group_rows ? order.in_group(index, group_rows) : order(index);
       const int tiles[3] = {tile.batch, tile.m, tile.n};
       std::fwrite(tiles, sizeof tiles, 1, stdout);
     }
-    if (begin == 0 && end != order.count()) return 1;
+    if (begin == 0 && !group_rows && end != order.count()) return 1;
   }
 }
 """
@@ -34,7 +35,8 @@ int main() {
 
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
-    """The tiles of orders (rows, columns, batch, band) with ranges of indices (begin, end)."""
+    """The tiles of orders (rows, columns, batch, band) for a group's rows, or 0, with ranges of
+    indices (begin, end)."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if not compiler:
         pytest.skip("no C++ compiler")
@@ -71,14 +73,28 @@ def test_every_tile_comes_once_and_bands_are_filled_column_by_column(walk):
     for _ in range(500):
         rows, columns, batch = (int(rng.geometric(p)) for p in (0.08, 0.08, 0.4))
         orders.append((rows, columns, batch, int(rng.integers(1, rows + 1))))
-    cases = [(*order, 0, order[0] * order[1] * order[2]) for order in orders]
+    cases = [(*order, 0, 0, order[0] * order[1] * order[2]) for order in orders]
     for order, tiles in zip(orders, walk(cases), strict=True):
         np.testing.assert_array_equal(tiles, bands_column_by_column(*order), err_msg=str(order))
+
+
+def test_a_group_has_fewer_rows_than_all_groups_together(walk):
+    rng = np.random.default_rng(0)
+    groups = []
+    for _ in range(200):
+        rows, columns = rng.geometric(0.08, 2)
+        groups.append((int(rng.integers(1, rows + 1)), columns, 1, int(rng.integers(1, rows + 1))))
+    cases = [
+        (rows + band, columns, 1, band, rows, 0, rows * columns)
+        for rows, columns, _, band in groups
+    ]
+    for group, tiles in zip(groups, walk(cases), strict=True):
+        np.testing.assert_array_equal(tiles, bands_column_by_column(*group), err_msg=str(group))
 
 
 @pytest.mark.parametrize("band", [1, 11, 46340])
 def test_as_many_tiles_as_an_integer_counts(walk, band):
     side = 46340
     last = side * side - 1
-    (tiles,) = walk([(side, side, 1, band, last, last + 1)])
+    (tiles,) = walk([(side, side, 1, band, 0, last, last + 1)])
     assert tiles.tolist() == [[0, side - 1, side - 1]]
