@@ -20,7 +20,7 @@ def build(source: str | Path, config: Sequence[int], folder: Path) -> ctypes.CDL
     library = folder / f"{Path(source).stem}_{'_'.join(map(str, config))}.so"
     subprocess.run(
         [
-            *(compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-w", "-Wno-psabi"),
+            *(compiler, "-std=c++20", "-Og", "-fPIC", "-shared", "-w", "-Wno-psabi"),
             "-ffp-contract=off",
             f"-DCONFIG={','.join(map(str, config))}",
             *(f"-I{TESTS / 'simulator'}", f"-I{TESTS.parent / 'csrc'}"),

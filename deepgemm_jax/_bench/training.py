@@ -27,6 +27,7 @@ from .timing import Timer, mean_us
 OP = "grouped_mlp forward + backward"
 SHAPE = (8, 4096, 7168, 2048)  # groups, rows of each in the mean, width, width of the gates
 LAYERS = 8
+COMPILES = 3  # of which the fastest counts
 FIELDS = (
     "us, bf16_us, xla_us: all kernels of the value and of all gradients, of grouped_mlp in FP8, of "
     "the same by ragged_dot in BF16, and by jax.lax.ragged_dot. {forward,dgrad,wgrad}_us: the two "
@@ -35,7 +36,7 @@ FIELDS = (
     "*loss_peak_mb: that of the value and gradients of the result's square. error: of the "
     "gradients, the largest ‖FP8 - BF16‖ / ‖BF16‖. *compile_s: XLA's and JAX's time for the "
     f"gradient of a scan over {LAYERS} such layers under jax.checkpoint, with kernels compiled "
-    "before, the least of 3; *layers_peak_mb: that program's memory, *kept_layers_peak_mb: the "
+    f"before, the least of {COMPILES}; *layers_peak_mb: that program's memory, *kept_layers_peak_mb: the "
     "same without jax.checkpoint, where what a layer keeps for its gradient is there for all."
 )
 
@@ -73,7 +74,7 @@ def measure(groups: int, rows: int, width: int, gates: int, *, timer: Timer) -> 
     row["quantise_us"] = row["us"] - sum(row[f"{name}_us"] for name in GEMMS)
     recipes = {"fp8": "", "bf16": "bf16_"}
     seconds: dict[str, list[float]] = {recipe: [] for recipe in recipes}
-    for recipe in [*recipes] * 3:
+    for recipe in [*recipes] * COMPILES:
         jax.clear_caches()
         start = time.perf_counter()
         run = layers(jax.checkpoint, recipe, operands, sizes)
