@@ -36,8 +36,9 @@ FIELDS = (
     "*loss_peak_mb: that of the value and gradients of the result's square. error: of the "
     "gradients, the largest ‖FP8 - BF16‖ / ‖BF16‖. *compile_s: XLA's and JAX's time for the "
     f"gradient of a scan over {LAYERS} such layers under jax.checkpoint, with kernels compiled "
-    f"before, the least of {COMPILES}; *layers_peak_mb: that program's memory, *kept_layers_peak_mb: the "
-    "same without jax.checkpoint, where what a layer keeps for its gradient is there for all."
+    f"before, the least of {COMPILES}; *layers_peak_mb: that program's memory, "
+    "*kept_layers_peak_mb: the same without jax.checkpoint, where what a layer keeps for its "
+    "gradient is there for all."
 )
 
 
