@@ -240,8 +240,8 @@ DENSE_BF16_TILES = (
     Tile(64, 64, 1, 1, 1, 0.180, 0.8),
 )
 CHANNELS = 1.2  # times a block's cost, if there is a scale for each column
-LAUNCH_US = 3.4  # until the first bytes are there
 MASKED_PAIR = 1.04  # times a block's cost, where the CTAs of a pair share A of masked groups
+LAUNCH_US = 3.4  # until the first bytes are there
 CLUSTER_US = 0.3  # until the CTAs of a cluster have found each other
 BYTES_PER_US = 4.1e6  # of device memory
 # Tiles that so few rows of A leave nearly empty read B no faster than that.
