@@ -17,7 +17,7 @@ from deepgemm_jax.gemm import op as dense
 from deepgemm_jax.gemm.config import candidates
 from deepgemm_jax.grouped import op as grouped
 
-M, N, K, GROUPS = 304, 264, 400, 5
+M, N, K, GROUPS = 304, 320, 400, 5
 BLOCKS_N, BLOCKS_K = -(-N // 128), -(-K // 128)
 # Of groups, of rows or along K: one is of several tiles and blocks, and some are left over.
 SIZES = np.array([33, 0, 1, 262, 4])
@@ -82,7 +82,7 @@ def forms(seed: int = 0) -> Iterator[Form]:
                 product(left, expected),
             )
     # The same of few rows, which another kernel may compute.
-    for *batch, m, n in ((1, N), (2, 17, N + 1), (128, N)):
+    for *batch, m, n in ((1, N), (2, 17, N + 1), (128, N + 8)):
         a, b = data(*batch, m, K), data(*batch, n, K)
         a_scale, b_scale = scale(*batch, m, BLOCKS_K), scale(*batch, BLOCKS_N, BLOCKS_K)
         b64 = double(b) * wide(b_scale, 128)[..., :n, :]
@@ -176,8 +176,8 @@ def forms(seed: int = 0) -> Iterator[Form]:
         spans = zip(starts, ends, strict=True)
         return np.stack([product(a[:, i:j], b[:, i:j]) for i, j in spans])
 
-    a, b = data(M, K), data(N // 16 * 16, K)
-    a_scale, b_scale = scale(M, BLOCKS_K), scale(N // 16 * 16, BLOCKS_K)
+    a, b = data(M, K), data(N, K)
+    a_scale, b_scale = scale(M, BLOCKS_K), scale(N, BLOCKS_K)
     yield Form(
         "along K",
         grouped.k_grouped_fp8_gemm_nt_contiguous,
@@ -186,7 +186,7 @@ def forms(seed: int = 0) -> Iterator[Form]:
         (a, a_scale, b, b_scale, starts, ends),
         sums(double(a) * wide(a_scale), double(b) * wide(b_scale)),
     )
-    a, b = data(M, K, dtype=jnp.bfloat16), data(N // 16 * 16, K, dtype=jnp.bfloat16)
+    a, b = data(M, K, dtype=jnp.bfloat16), data(N, K, dtype=jnp.bfloat16)
     for layout in ("nt", "tn"):
         mn_major = layout == "tn"
         yield Form(

@@ -154,10 +154,20 @@ __forceinline__ void tma_prefetch_once(const TensorMap* map, int x, int y, int z
       : "memory");
 }
 
-__forceinline__ void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z) {
+__forceinline__ void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z, int w) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
-      "r"(shared), "r"(x), "r"(y), "r"(z)
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          map),
+      "r"(shared), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
+// Adds a box of float32 to what is there.
+__forceinline__ void tma_add(const TensorMap* map, uint32_t shared, int x, int y, int z, int w) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.bulk_group"
+      " [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+      "r"(shared), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
 }
 
@@ -214,6 +224,10 @@ __forceinline__ void store_shared_quad(uint32_t shared, uint4 x) {
                : "memory");
 }
 
+__forceinline__ void store_shared_pair(uint32_t shared, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(x), "f"(y) : "memory");
+}
+
 __forceinline__ void store_shared(uint32_t shared, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(x) : "memory");
 }
@@ -233,15 +247,6 @@ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
 
 __forceinline__ float bfloat16_to_float(unsigned short bits) {
   return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-}
-
-__forceinline__ void add(float* d, float x, float y) {
-  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(d), "f"(x), "f"(y)
-               : "memory");
-}
-
-__forceinline__ void add(float* d, float x) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(d), "f"(x) : "memory");
 }
 
 // Stores four 8 x 8 matrices of 16-bit elements; each lane gives the address of one row.

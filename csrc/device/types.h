@@ -11,6 +11,16 @@ struct alignas(64) TensorMap {
 
 enum Element { kE4M3, kE5M2, kBfloat16 };
 
+// An element of a result; of bfloat16 its bits.
+template <bool float32>
+struct OutType {
+  using type = float;
+};
+template <>
+struct OutType<false> {
+  using type = unsigned short;
+};
+
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Divides numbers from 0 on by what the host knows, in two instructions. A division takes a GPU

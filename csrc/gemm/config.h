@@ -8,7 +8,8 @@ namespace deepgemm::gemm {
 
 constexpr int kRowBytes = 128;  // of an operand's tile along its contiguous dim: a swizzled row
 constexpr int kTileBytes = 32;  // that tell where a tile lies
-constexpr int kEdgeRows = 8;    // kContiguous: of a box of A where whole ones would reach beyond it
+constexpr int kStagedBytes = 1 << 16;  // of a tile of D in shared memory, at most
+constexpr int kEdgeRows = 8;  // kContiguous: of a box of A where whole ones would reach beyond it
 // kChannels: scales are an operand in bfloat16, MN-major, of so many rows of M or N and of 16 of K.
 constexpr int kFactorRows = 64;
 constexpr int kFactorBytes = 16 * kRowBytes;
@@ -58,10 +59,18 @@ struct Config {
            : scales == kChannels ? (block_m + block_n) / kFactorRows * kFactorBytes
                                  : (block_m + block_n) * 4;
   }
-  // A bfloat16 D leaves through shared memory and the copy engine, so that the next tile need not
-  // wait for it, in boxes as wide as a swizzled row may be.
-  constexpr int d_bytes() const { return out_float32 ? 0 : block_m * block_n * 2; }
-  constexpr int box_n() const { return block_n % 64 == 0 ? 64 : block_n % 32 == 0 ? 32 : 16; }
+  // D leaves through shared memory and the copy engine, so that the next tile need not wait for it,
+  // in boxes as wide as a swizzled row may be. Where a tile of float32 would take too much from the
+  // ring, half of its columns follow the other half.
+  constexpr int out_bytes() const { return out_float32 ? 4 : 2; }
+  constexpr int parts() const { return block_m * block_n * out_bytes() > kStagedBytes ? 2 : 1; }
+  constexpr int part_n() const { return block_n / parts(); }
+  constexpr int d_bytes() const { return block_m * part_n() * out_bytes(); }
+  constexpr int box_bytes() const {
+    const int row = part_n() * out_bytes();
+    return row % 128 == 0 ? 128 : row % 64 == 0 ? 64 : 32;
+  }
+  constexpr int box_n() const { return box_bytes() / out_bytes(); }
   constexpr int stage_bytes() const { return a_bytes() + b_bytes() + scale_bytes(); }
   // What is told of so many tiles: of those that begin in the slots and the one that is being
   // stored.
@@ -131,7 +140,7 @@ struct Params {
   int num_groups;            // kMasked, kAlongK
   int m, n, k;
   int accumulate;          // D += A B^T, otherwise D = A B^T
-  int copy_engine;         // may write a bfloat16 D: its rows are 16-byte aligned
+  int copy_engine;         // may write D: its rows are 16-byte aligned
   int blocks_n, blocks_k;  // blocks of 128 or block_k, the last one perhaps partial
   TileOrder order;         // over clusters' tiles, of one group if there are groups
 };

@@ -10,22 +10,22 @@
 
 namespace deepgemm::gemm {
 
+inline jit::CUtensorMapDataType element_type(uint64_t bytes) {
+  return bytes == 1   ? jit::CU_TENSOR_MAP_DATA_TYPE_UINT8
+         : bytes == 2 ? jit::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                      : jit::CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+}
+
 // [batch, rows, columns], row after row.
 struct Matrix {
   void* data;
   uint64_t batch, rows, columns;
 
-  // Boxes of elements of `bytes` bytes.
+  // Boxes of elements of `bytes` bytes, in rows of kRowBytes.
   TensorMap map(uint64_t bytes, uint32_t box_columns, uint32_t box_rows) const {
-    const uint32_t row_bytes = box_columns * bytes;
-    return jit::tensor_map(
-        data,
-        bytes == 1 ? jit::CU_TENSOR_MAP_DATA_TYPE_UINT8 : jit::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        {columns, rows, batch}, {columns * bytes, columns * rows * bytes},
-        {box_columns, box_rows, 1},
-        row_bytes == 128  ? jit::CU_TENSOR_MAP_SWIZZLE_128B
-        : row_bytes == 64 ? jit::CU_TENSOR_MAP_SWIZZLE_64B
-                          : jit::CU_TENSOR_MAP_SWIZZLE_32B);
+    return jit::tensor_map(data, element_type(bytes), {columns, rows, batch},
+                           {columns * bytes, columns * rows * bytes}, {box_columns, box_rows, 1},
+                           jit::CU_TENSOR_MAP_SWIZZLE_128B);
   }
 };
 
@@ -46,6 +46,19 @@ struct Plan {
 // Rows of the last box, of so many each.
 inline int left_over(uint64_t rows, int box) { return (rows - 1) % box + 1; }
 
+// D as [batch, columns / box_n, rows, box_n]: what a warp has staged, box after box, is one box.
+inline TensorMap store_map(const Config& config, const Matrix& d) {
+  const uint64_t row = d.columns * config.out_bytes();
+  const uint32_t box_n = config.box_n();
+  return jit::tensor_map(d.data, element_type(config.out_bytes()),
+                         {box_n, d.rows, d.columns / box_n, d.batch},
+                         {row, box_n * uint64_t(config.out_bytes()), d.rows * row},
+                         {box_n, 16, config.part_n() / box_n, 1},
+                         config.box_bytes() == 128  ? jit::CU_TENSOR_MAP_SWIZZLE_128B
+                         : config.box_bytes() == 64 ? jit::CU_TENSOR_MAP_SWIZZLE_64B
+                                                    : jit::CU_TENSOR_MAP_SWIZZLE_32B);
+}
+
 inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   const auto operand = [&](const Matrix& matrix, bool mn_major, int rows) {
     return matrix.map(config.element_bytes(), kRowBytes / config.element_bytes(),
@@ -59,8 +72,8 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   p.a_edge = operand(x.a, config.a_mn_major, contiguous ? kEdgeRows : left_over(x.d.rows, a_rows));
   p.b_edge = operand(x.b, config.b_mn_major, left_over(x.d.columns, b_rows));
   p.accumulate = x.accumulate;
-  p.copy_engine = !config.out_float32 && x.d.columns % 8 == 0;
-  if (p.copy_engine) p.store = x.d.map(2, config.box_n(), 16);
+  p.copy_engine = x.d.columns % config.box_n() == 0;
+  if (p.copy_engine) p.store = store_map(config, x.d);
   p.a_scale = x.a_scale;
   p.b_scale = x.b_scale;
   p.d = x.d.data;

@@ -11,6 +11,7 @@ constexpr int kWaveRows = 64;  // of one product
 constexpr int kConsumerRows = config.block_m / config.consumers;
 constexpr int kWaves = kConsumerRows / kWaveRows;  // products, one after the other
 
+using Out = OutType<config.out_float32>::type;
 using Part = float[config.block_n / 2];
 using Sum = Part[kWaves];
 
@@ -183,67 +184,57 @@ struct Output {
   }
 };
 
-// Writes them straight from registers.
-__forceinline__ void store(const Params& p, const Part& sum, const Output& to, int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + half * 8;
-    if (to.row + row >= to.end) continue;
-    const long long first = to.first(p) + static_cast<long long>(row) * p.n;
-    if constexpr (!config.out_float32) {
-      add_row(sum, half, static_cast<unsigned short*>(p.d) + first, to.column, p.n, lane);
-    } else if (p.accumulate) {
-      store_row<true>(sum, half, static_cast<float*>(p.d) + first, to.column, p.n, lane);
-    } else {
-      store_row<false>(sum, half, static_cast<float*>(p.d) + first, to.column, p.n, lane);
-    }
-  }
-}
-
-// Writes a consumer's sums as bfloat16 by way of shared memory. Each warp hands its own rows to the
-// copy engine: nothing outside the warp waits.
-__forceinline__ void store_staged(const Params& p, const Sum& sum, const Ring& ring, uint32_t tile,
-                                  int warp_row) {
-  constexpr int box = config.box_n();
+// Writes a consumer's sums by way of shared memory, so many parts of their columns one after the
+// other. Each warp hands its own rows to the copy engine: nothing outside the warp waits.
+template <class Staged, int parts>
+__forceinline__ void store(const Params& p, const Sum& sum, const Ring& ring, uint32_t tile,
+                           int warp_row) {
+  constexpr int box = config.box_bytes(), columns = config.block_n / parts;
+  constexpr bool converts = sizeof(Staged) != sizeof(Out);
   // Opaque, lest all addresses are found once for all tiles and kept in registers.
   int lane = threadIdx.x % 32;
   asm volatile("" : "+r"(lane));
-  if (lane == 0) tma_store_wait_read();
-  __syncwarp();
   const auto staged = [&](int w) {
-    return ring.d() + (warp_row + w * kWaveRows) * config.block_n * 2;
+    return ring.d() + (warp_row + w * kWaveRows) * columns * int(sizeof(Staged));
   };
 #pragma unroll
-  for (int w = 0; w < kWaves; ++w) stage_rows<box>(sum[w], staged(w), lane);
-  fence_shared_for_copy_engine();
-  __syncwarp();
+  for (int part = 0; part < parts; ++part) {
+    if (lane == 0) tma_store_wait_read();
+    __syncwarp();
 #pragma unroll
-  for (int w = 0; w < kWaves; ++w) {
-    const Output to(tile, warp_row + w * kWaveRows);
-    // The copy engine stops at the end of D, not at that of a group.
-    const int valid = min(to.end - to.row, 16);
-    if (p.copy_engine && (config.groups != kContiguous || valid == 16)) {
-      if (lane != 0) continue;
-      for (int i = 0; i < config.block_n / box; ++i) {
-        tma_store(&p.store, staged(w) + i * 16 * box * 2, to.column + i * box, to.row, to.batch);
+    for (int w = 0; w < kWaves; ++w) {
+      stage_rows<Staged, box, columns / 2>(sum[w] + part * columns / 2, staged(w), lane);
+    }
+    fence_shared_for_copy_engine();
+    __syncwarp();
+#pragma unroll 1
+    for (int w = 0; w < kWaves; ++w) {
+      const Output to(tile, warp_row + w * kWaveRows);
+      const int column = to.column + part * columns;
+      // The copy engine stops at the end of D, not at that of a group.
+      if (converts || !p.copy_engine || config.groups == kContiguous && to.end - to.row < 16) {
+        copy_rows<Staged, box>(staged(w), static_cast<Out*>(p.d) + to.first(p) + column,
+                               min(to.end - to.row, 16), min(columns, p.n - column), p.n,
+                               p.accumulate, lane);
+      } else if (lane == 0) {
+        if (p.accumulate) {
+          tma_add(&p.store, staged(w), 0, to.row, column / config.box_n(), to.batch);
+        } else {
+          tma_store(&p.store, staged(w), 0, to.row, column / config.box_n(), to.batch);
+        }
+        tma_store_commit();
       }
-      tma_store_commit();
-    } else {
-      copy_rows<box>(staged(w), static_cast<unsigned short*>(p.d) + to.first(p) + to.column, valid,
-                     min(config.block_n, p.n - to.column), p.n, lane);
     }
   }
 }
 
 // Stores a consumer's sums, and starts them anew.
 __forceinline__ void finish(const Params& p, Sum& sum, const Ring& ring, int tile, int warp_row) {
-  if (!config.out_float32 && !p.accumulate) {
-    store_staged(p, sum, ring, ring.tile(tile), warp_row);
+  if (!config.out_float32 && p.accumulate) {
+    // In float32, lest the sum with D is rounded twice.
+    store<float, 2 * config.parts()>(p, sum, ring, ring.tile(tile), warp_row);
   } else {
-#pragma unroll
-    for (int w = 0; w < kWaves; ++w) {
-      store(p, sum[w], Output(ring.tile(tile), warp_row + w * kWaveRows), threadIdx.x % 32);
-    }
+    store<Out, config.parts()>(p, sum, ring, ring.tile(tile), warp_row);
   }
 #pragma unroll
   for (int w = 0; w < kWaves; ++w) {

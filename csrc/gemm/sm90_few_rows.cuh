@@ -42,14 +42,6 @@ constexpr int kConsumerRegisters =
 // Narrow tiles and single consumers get enough from the launch.
 constexpr bool kMoveRegisters = config.consumers > 1 && config.block_m > 32;
 
-template <bool float32>
-struct OutType {
-  using type = float;
-};
-template <>
-struct OutType<false> {
-  using type = unsigned short;  // the bits of a bfloat16
-};
 using Out = OutType<config.out_float32>::type;
 
 // Where things are in shared memory: slots of A, of B, sums from other CTAs, slots of scales,

@@ -16,6 +16,9 @@ inline CUtensorMap tensor_map(const void* address, CUtensorMapDataType type,
                       : type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2
                                                                  : 4;
   map.swizzle_bytes = 16 << swizzle;
+  // Dimensions that it does not have.
+  std::fill_n(map.sizes, 4, 1);
+  std::fill_n(map.box, 4, 1);
   map.strides[0] = map.element_bytes;
   std::copy(sizes.begin(), sizes.end(), map.sizes);
   std::copy(strides_bytes.begin(), strides_bytes.end(), map.strides + 1);

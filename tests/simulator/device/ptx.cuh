@@ -1,6 +1,8 @@
 // csrc/device/ptx.cuh for the simulator.
 #pragma once
 
+#include <array>
+
 #include "device/types.h"
 #include "simulator.h"
 
@@ -12,8 +14,8 @@ using ::uint64_t;
 // What stands in a TensorMap's bytes here.
 struct Map {
   char* data;
-  uint64_t sizes[3], strides[3];  // in elements, in bytes
-  uint32_t box[3];
+  uint64_t sizes[4], strides[4];  // in elements, in bytes
+  uint32_t box[4];
   uint32_t element_bytes, swizzle_bytes;
 };
 static_assert(sizeof(Map) <= sizeof(TensorMap));
@@ -24,28 +26,27 @@ inline uint32_t swizzled(uint32_t address, uint32_t bytes) {
 
 // Calls visit(element in shared memory, the same in global memory or null if it has none there).
 template <class Visit>
-void for_box(const TensorMap* tensor_map, uint32_t shared, int x, int y, int z, Visit visit) {
+void for_box(const TensorMap* tensor_map, uint32_t shared, std::array<int64_t, 4> start,
+             Visit visit) {
   Map map;
   std::memcpy(&map, tensor_map, sizeof map);
   if ((shared & 0xffffff) % (8 * map.swizzle_bytes)) sim::fail("a box at an odd address");
   // The hardware has no word for this but "illegal instruction".
-  if (x * int64_t(map.element_bytes) % 16) sim::fail("a box at an odd coordinate");
-  const int64_t start[] = {x, y, z};
+  if (start[0] * int64_t(map.element_bytes) % 16) sim::fail("a box at an odd coordinate");
   uint32_t at = shared;
-  for (uint32_t k = 0; k < map.box[2]; ++k) {
-    for (uint32_t j = 0; j < map.box[1]; ++j) {
-      for (uint32_t i = 0; i < map.box[0]; ++i, at += map.element_bytes) {
-        const int64_t index[] = {start[0] + i, start[1] + j, start[2] + k};
-        char* global = map.data;
-        for (int dim = 0; dim < 3; ++dim) {
-          if (index[dim] < 0 || index[dim] >= int64_t(map.sizes[dim])) global = nullptr;
-          if (global) global += index[dim] * map.strides[dim];
-        }
-        const uint32_t place = swizzled(at, map.swizzle_bytes);
-        visit(sim::shared(place, map.element_bytes), global, map.element_bytes);
-      }
+  const auto walk = [&](const auto& walk, int dim, char* global) -> void {
+    if (dim < 0) {
+      visit(sim::shared(swizzled(at, map.swizzle_bytes), map.element_bytes), global,
+            map.element_bytes);
+      at += map.element_bytes;
+      return;
     }
-  }
+    for (int64_t i = start[dim]; i < start[dim] + map.box[dim]; ++i) {
+      const bool inside = global && i >= 0 && i < int64_t(map.sizes[dim]);
+      walk(walk, dim - 1, inside ? global + i * map.strides[dim] : nullptr);
+    }
+  };
+  walk(walk, 3, map.data);
 }
 
 inline uint32_t shared_address(const void*) { return sim::dynamic_shared(); }
@@ -89,7 +90,7 @@ void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, in
     for (uint32_t rank = 0; rank < 16; ++rank) {
       if (!(peer_mask >> rank & 1)) continue;
       long bytes = 0;
-      for_box(map, (shared & 0xffffff) | rank << 24, x, y, z,
+      for_box(map, (shared & 0xffffff) | rank << 24, {x, y, z, 0},
               [&](char* to, const char* from, int count) {
                 from ? std::memcpy(to, from, count) : std::memset(to, 0, count);
                 bytes += count;
@@ -122,14 +123,25 @@ inline void barrier_arrive_after_copies(uint32_t barrier) {
   sim::self().copies.clear();
 }
 
-inline void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z) {
+template <class Write>
+void store_box(const TensorMap* map, uint32_t shared, std::array<int64_t, 4> start, Write write) {
   sim::Thread* thread = sim::current;
   ++thread->stores;
   sim::later([=] {
-    for_box(map, shared, x, y, z, [](const char* from, char* to, int count) {
-      if (to) std::memcpy(to, from, count);
+    for_box(map, shared, start, [=](const char* from, char* to, int count) {
+      if (to) write(to, from, count);
     });
     --thread->stores;
+  });
+}
+inline void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z, int w) {
+  store_box(map, shared, {x, y, z, w},
+            [](char* to, const char* from, int count) { std::memcpy(to, from, count); });
+}
+inline void tma_add(const TensorMap* map, uint32_t shared, int x, int y, int z, int w) {
+  store_box(map, shared, {x, y, z, w}, [](char* to, const char* from, int count) {
+    if (count != 4) sim::fail("a sum of what is not float32");
+    *reinterpret_cast<float*>(to) += *reinterpret_cast<const float*>(from);
   });
 }
 inline void tma_store_commit() {}
@@ -152,6 +164,9 @@ inline int load_shared_int(uint32_t at) { return *reinterpret_cast<int*>(sim::sh
 inline void store_shared_quad(uint32_t at, uint4 x) {
   *reinterpret_cast<uint4*>(sim::shared(at, 16)) = x;
 }
+inline void store_shared_pair(uint32_t at, float x, float y) {
+  *reinterpret_cast<float2*>(sim::shared(at, 8)) = {x, y};
+}
 inline void store_shared(uint32_t at, float x) {
   *reinterpret_cast<float*>(sim::shared(at, 4)) = x;
 }
@@ -172,11 +187,6 @@ inline uint32_t to_bfloat16(float x) {
 }
 inline uint32_t pack_bfloat16(float low, float high) {
   return to_bfloat16(low) | to_bfloat16(high) << 16;
-}
-inline void add(float* d, float x) { *d += x; }
-inline void add(float* d, float x, float y) {
-  add(d, x);
-  add(d + 1, y);
 }
 
 inline void stmatrix(uint32_t shared, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
