@@ -30,6 +30,19 @@ class Divisor(ctypes.Structure):
         return cls(2**shift // divisor + 1, shift)
 
 
+class TileGrid(ctypes.Structure):
+    """As in csrc/device/scheduler.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("batch", "rows", "columns")),
+        *((name, Divisor) for name in ("by_rows", "by_columns")),
+    ]
+
+    @classmethod
+    def of(cls, batch: int, rows: int, columns: int) -> "TileGrid":
+        return cls(batch, rows, columns, Divisor.of(rows), Divisor.of(columns))
+
+
 class SimulatedKernel:
     """One variant of a kernel; `params` is a ctypes.Structure like the kernel's own."""
 

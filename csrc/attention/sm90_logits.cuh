@@ -369,14 +369,15 @@ __forceinline__ void prefetch_tables(const Params& p) {
 // Into L2, while the CTA's share is being found, what would be its first keys if all sequences had
 // as many; by a warp.
 __forceinline__ void prefetch_likely_keys(const Params& p) {
-  const int lane = threadIdx.x % 32;
-  if (!p.pages || lane >= config.stages || p.sequences > p.by_ctas(0x7fffffff)) return;
+  const int lane = threadIdx.x % 32, most = p.by_ctas(0x7fffffff);  // products with CTAs must fit
+  if (!p.pages || lane >= config.stages || p.sequences > most) return;
   const int place = blockIdx.x * p.sequences;
   Part part = {};
   part.sequence = p.by_ctas(place);
   part.keys_end = max(0, min(p.end[(part.sequence + 1) * p.queries - 1], p.keys_end));
-  const int first =
-      p.by_ctas((place - part.sequence * int(gridDim.x)) * p.by_page_keys(part.keys_end));
+  const int pages = p.by_page_keys(part.keys_end);
+  if (pages > most) return;
+  const int first = p.by_ctas((place - part.sequence * int(gridDim.x)) * pages);
   const int page = locate(p, part, first + lane);
   if (page < 0) return;
   tma_prefetch_once(&p.keys, 0, 0, page);

@@ -48,4 +48,21 @@ struct TileOrder {
   }
 };
 
+// `batch` matrices of rows x columns tiles, row after row.
+struct TileGrid {
+  int batch, rows, columns;
+  Divisor by_rows, by_columns;
+
+  static constexpr TileGrid of(int batch, int rows, int columns) {
+    return {batch, rows, columns, Divisor::of(rows), Divisor::of(columns)};
+  }
+
+  constexpr int count() const { return batch * rows * columns; }
+
+  constexpr Tile operator()(int index) const {
+    const int row = by_columns(index), matrix = by_rows(row);
+    return {matrix, row - matrix * rows, index - row * columns};
+  }
+};
+
 }  // namespace deepgemm

@@ -1,15 +1,15 @@
 // What the compiled variants of the transposition are, and what the host hands to them.
 #pragma once
 
-#include "device/types.h"
+#include "device/scheduler.cuh"
 
 namespace deepgemm::layout {
 
 struct Params {
   const unsigned char* x;  // [batch, m, n]
   unsigned char* y;        // [batch, n, m]
-  int batch, m, n;
-  Divisor by_tiles_m, by_tiles_n;
+  int m, n;
+  TileGrid tiles;
 };
 
 struct Config {
@@ -23,9 +23,7 @@ struct Config {
   constexpr int tile() const { return kSide * rows(); }
   constexpr int threads() const { return kSide * kSide; }
   constexpr int smem_bytes() const { return tile() * kSide * kVector; }
-  constexpr int tiles_m(const Params& p) const { return ceil_div(p.m, tile()); }
-  constexpr int tiles_n(const Params& p) const { return ceil_div(p.n, tile()); }
-  constexpr int ctas(const Params& p) const { return p.batch * tiles_m(p) * tiles_n(p); }
+  constexpr int ctas(const Params& p) const { return p.tiles.count(); }
 };
 
 }  // namespace deepgemm::layout

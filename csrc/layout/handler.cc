@@ -24,11 +24,11 @@ ffi::Error execute(jit::CUstream stream, State* state, ffi::AnyBuffer x,
     Params params = {};
     params.x = static_cast<const unsigned char*>(x.untyped_data());
     params.y = static_cast<unsigned char*>(y->untyped_data());
-    params.batch = dims.size() == 3 ? dims.front() : 1;
     params.m = dims[dims.size() - 2];
     params.n = dims.back();
-    params.by_tiles_m = Divisor::of(config.tiles_m(params));
-    params.by_tiles_n = Divisor::of(config.tiles_n(params));
+    params.tiles =
+        TileGrid::of(dims.size() == 3 ? dims.front() : 1, ceil_div(params.m, config.tile()),
+                     ceil_div(params.n, config.tile()));
 
     void* args[] = {&params};
     state->kernel.launch({stream, static_cast<unsigned>(config.ctas(params)),

@@ -40,16 +40,15 @@ __forceinline__ uint4& staged(uint4* tile, int row, int unit) {
 __forceinline__ void transpose_tile(const Params& p, uint4* tile) {
   constexpr int kPerWord = 4 / config.element_bytes;
   const int across = threadIdx.x % kSide, down = threadIdx.x / kSide;
-  const int along_m = p.by_tiles_n(blockIdx.x), matrix = p.by_tiles_m(along_m);
-  const int n0 = (blockIdx.x - along_m * config.tiles_n(p)) * config.tile();
-  const int m0 = (along_m - matrix * config.tiles_m(p)) * config.tile();
-  const long long batch = (long long)matrix * p.m * p.n;
+  const Tile at = p.tiles(blockIdx.x);
+  const int n0 = at.n * config.tile(), m0 = at.m * config.tile();
+  const long long batch = (long long)at.batch * p.m * p.n;
 
   uint32_t x[kRows][4] = {};
   {
     const int n = n0 + across * kRows, m = m0 + down * kRows;
     const int pitch = p.n * config.element_bytes;
-    const uint64_t policy = policy_of_reads(2ll * p.batch * p.m * pitch);
+    const uint64_t policy = policy_of_reads(2ll * p.tiles.batch * p.m * pitch);
     const unsigned char* row = p.x + (batch + (long long)m * p.n + n) * config.element_bytes;
 #pragma unroll
     for (int i = 0; i < kRows; ++i, row += pitch) {

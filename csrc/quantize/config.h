@@ -1,7 +1,7 @@
 // What the compiled variants of the quantising kernels are, and what the host hands to them.
 #pragma once
 
-#include "device/types.h"
+#include "device/scheduler.cuh"
 
 namespace deepgemm::quantize {
 
@@ -80,14 +80,10 @@ struct TilesParams {
   float* scale;            // row-major, but for kBothWays [batch, blocks of k, m]
   unsigned char* t_data;   // [batch, k, t_rows], the transposed
   float* t_scale;          // [batch, t_rows / 128, k], for kBothWays
-  int batch, m, k, groups;
+  int m, k, groups;
   int t_rows;  // rows of x as the transposed has them, with what fills up groups
   int round_up;
-  Divisor by_tiles_m, by_tiles_k;
-
-  constexpr int tiles_m() const { return ceil_div(t_rows, kBlock); }
-  constexpr int tiles_k() const { return ceil_div(k, kBlock); }
-  constexpr int tiles() const { return batch * tiles_m() * tiles_k(); }
+  TileGrid tiles;  // along t_rows and k
 };
 
 struct TilesConfig {
@@ -97,7 +93,7 @@ struct TilesConfig {
 
   constexpr long long bytes(const TilesParams& p) const {  // read and written, but for scales
     const int of_element = (float32 ? 4 : 2) + (tiling >= kBothWays ? 2 : 1);
-    return (long long)p.batch * p.m * p.k * of_element;
+    return (long long)p.tiles.batch * p.m * p.k * of_element;
   }
 
   constexpr int threads() const { return 256; }
@@ -105,7 +101,7 @@ struct TilesConfig {
   constexpr int smem_bytes() const { return (threads() / 32 + 1) * kBlock * 4 + kBlock * kBlock; }
   // One for each tile, and one for each 128 rows of x, which may be of no group.
   constexpr int ctas(const TilesParams& p) const {
-    return p.tiles() + (p.group_sizes ? p.batch * ceil_div(p.m, kBlock) : 0);
+    return p.tiles.count() + (p.group_sizes ? p.tiles.batch * ceil_div(p.m, kBlock) : 0);
   }
 };
 

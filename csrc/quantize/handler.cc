@@ -69,7 +69,6 @@ ffi::Error tiles_execute(jit::CUstream stream, TilesState* state, ffi::AnyBuffer
     params.x = x.untyped_data();
     params.data = address<unsigned char>(*data);
     params.scale = address<float>(*scale);
-    params.batch = dims.size() == 3 ? dims.front() : 1;
     params.m = dims[dims.size() - 2];
     params.k = dims.back();
     params.t_rows = params.m;
@@ -82,8 +81,8 @@ ffi::Error tiles_execute(jit::CUstream stream, TilesState* state, ffi::AnyBuffer
       params.t_rows = t_data->dimensions().back();
     }
     params.round_up = state->round_up;
-    params.by_tiles_m = Divisor::of(params.tiles_m());
-    params.by_tiles_k = Divisor::of(params.tiles_k());
+    params.tiles = TileGrid::of(dims.size() == 3 ? dims.front() : 1,
+                                ceil_div(params.t_rows, kBlock), ceil_div(params.k, kBlock));
     if (group_sizes.size()) {
       const auto sizes = *group_sizes.get<ffi::AnyBuffer>(0);
       params.group_sizes = address<const int>(sizes);

@@ -34,8 +34,8 @@ __forceinline__ void clear(const TilesParams& p, int tile) {
   const int first = max(m0, groups.end), rows = min(m0 + kBlock, p.m) - first;
   uint2* data = reinterpret_cast<uint2*>(p.data + ((long long)batch * p.m + first) * p.k);
   for (int i = threadIdx.x; i < rows * (p.k / kVector); i += config.threads()) data[i] = {};
-  for (int i = threadIdx.x; i < rows * p.tiles_k(); i += config.threads()) {
-    const long long block = (long long)batch * p.tiles_k() + i / rows;
+  for (int i = threadIdx.x; i < rows * p.tiles.columns; i += config.threads()) {
+    const long long block = (long long)batch * p.tiles.columns + i / rows;
     p.scale[block * p.m + first + i % rows] = scale_of<config.e5m2>(0, p.round_up);
   }
 }
@@ -121,7 +121,7 @@ struct Tile {
 
   __forceinline__ void quantise_columns() {
     float reciprocal[kVector];
-    scale_columns(p.scale + ((long long)batch * p.tiles_m() + t) * p.k + k0, reciprocal);
+    scale_columns(p.scale + ((long long)batch * p.tiles.rows + t) * p.k + k0, reciprocal);
     store(reciprocal);
   }
 
@@ -135,7 +135,7 @@ struct Tile {
     for (int i = 0; i < kWarps; ++i) amax = larger(amax, shared.amax[0][i]);
     const float scale = scale_of<config.e5m2>(amax, p.round_up);
     if (threadIdx.x == 0) {
-      p.scale[((long long)batch * p.tiles_m() + t) * p.tiles_k() + k0 / kBlock] = scale;
+      p.scale[((long long)batch * p.tiles.rows + t) * p.tiles.columns + k0 / kBlock] = scale;
     }
     const float same = __frcp_rn(scale);
     const float of_column[] = {same, same, same, same, same, same, same, same};
@@ -151,7 +151,7 @@ struct Tile {
     const float scale = scale_of<config.e5m2>(reduce_over_16_lanes(amax, larger), p.round_up);
     const int own = row + threadIdx.x % kRows;
     if (threadIdx.x % 16 < kRows && own < rows)
-      p.scale[((long long)batch * p.tiles_k() + k0 / kBlock) * p.m + m0 + own] = scale;
+      p.scale[((long long)batch * p.tiles.columns + k0 / kBlock) * p.m + m0 + own] = scale;
     return __frcp_rn(scale);
   }
 
@@ -163,7 +163,7 @@ struct Tile {
       if (valid) store_result(address, bytes);
     });
     float of_column[kVector];
-    scale_columns(p.t_scale + ((long long)batch * p.tiles_m() + t) * p.k + k0, of_column);
+    scale_columns(p.t_scale + ((long long)batch * p.tiles.rows + t) * p.k + k0, of_column);
     store_transposed(of_column);
   }
 
@@ -202,15 +202,15 @@ extern "C" __global__ void __launch_bounds__(deepgemm::quantize::config.threads(
   extern __shared__ uint4 memory[];
   deepgemm::wait_for_previous_kernel();
   deepgemm::let_next_kernel_start();
-  const int tiles = p.tiles();
+  const int tiles = p.tiles.count();
   if constexpr (config.tiling == kBothWays) {
     if (int(blockIdx.x) >= tiles) return clear(p, blockIdx.x - tiles);
   }
   Tile tile{p, *reinterpret_cast<Shared*>(memory)};
-  const int along_m = p.by_tiles_k(blockIdx.x);
-  tile.k0 = (blockIdx.x - along_m * p.tiles_k()) * kBlock;
-  tile.batch = p.by_tiles_m(along_m);
-  tile.t = along_m - tile.batch * p.tiles_m();
+  const auto [batch, t, column] = p.tiles(blockIdx.x);
+  tile.batch = batch;
+  tile.t = t;
+  tile.k0 = column * kBlock;
   tile.m0 = tile.t * kBlock;
   tile.rows = min(p.m - tile.m0, kBlock);
   if (config.tiling == kBothWays && p.group_sizes) {

@@ -2,7 +2,7 @@
 // them.
 #pragma once
 
-#include "device/types.h"
+#include "device/scheduler.cuh"
 
 namespace deepgemm::training {
 
@@ -50,13 +50,9 @@ struct SwigluBackwardParams {
   unsigned char* t_y;      // [batch, k, t_rows]
   float* t_y_scale;        // [batch, t_rows / 128, k]
   float* d_weights;        // [batch, m, blocks of k]: sums over the columns of a block
-  int batch, m, k, groups;
-  int t_rows;  // rows as the transposed have them, with what fills up groups
-  Divisor by_tiles_m, by_tiles_k;
-
-  constexpr int tiles_m() const { return t_rows / kBlock; }
-  constexpr int tiles_k() const { return k / kBlock; }
-  constexpr int tiles() const { return batch * tiles_m() * tiles_k(); }
+  int m, k, groups;
+  int t_rows;      // rows as the transposed have them, with what fills up groups
+  TileGrid tiles;  // along t_rows and k
 };
 
 struct SwigluBackward {
@@ -69,7 +65,9 @@ struct SwigluBackward {
     return 3 * 2 * kBlock * kBlock + (threads() / 32 + 1) * kBlock * 4;
   }
   // One for each tile, and one for each 128 rows, which may be of no group.
-  constexpr int ctas(const Params& p) const { return p.tiles() + p.batch * ceil_div(p.m, kBlock); }
+  constexpr int ctas(const Params& p) const {
+    return p.tiles.count() + p.tiles.batch * ceil_div(p.m, kBlock);
+  }
 };
 
 }  // namespace deepgemm::training

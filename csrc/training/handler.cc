@@ -75,13 +75,12 @@ ffi::Error backward(jit::CUstream stream, State<SwigluBackward>* state, ffi::Any
     params.t_y = address<unsigned char>(*t_y);
     params.t_y_scale = address<float>(*t_y_scale);
     params.d_weights = address<float>(*d_weights);
-    params.batch = dims.size() == 3 ? dims.front() : 1;
     params.m = dims[dims.size() - 2];
     params.k = dims.back();
     params.groups = group_sizes.dimensions().back();
     params.t_rows = t_y->dimensions().back();
-    params.by_tiles_m = Divisor::of(params.tiles_m());
-    params.by_tiles_k = Divisor::of(params.tiles_k());
+    params.tiles = TileGrid::of(dims.size() == 3 ? dims.front() : 1, params.t_rows / kBlock,
+                                params.k / kBlock);
     launch(*state, stream, params);
   });
 }

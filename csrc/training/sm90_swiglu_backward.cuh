@@ -60,12 +60,12 @@ __forceinline__ void clear(const SwigluBackwardParams& p, int tile) {
   const long long row = (long long)batch * p.m + first;
   uint2* dh = reinterpret_cast<uint2*>(p.dh + row * 2 * p.k);
   for (int i = threadIdx.x; i < rows * (2 * p.k / kVector); i += config.threads()) dh[i] = {};
-  for (int i = threadIdx.x; i < rows * 2 * p.tiles_k(); i += config.threads()) {
-    const long long block = (long long)batch * 2 * p.tiles_k() + i / rows;
+  for (int i = threadIdx.x; i < rows * 2 * p.tiles.columns; i += config.threads()) {
+    const long long block = (long long)batch * 2 * p.tiles.columns + i / rows;
     p.dh_scale[block * p.m + first + i % rows] = quantize::scale_of<false>(0, 0);
   }
-  float* d_weights = p.d_weights + row * p.tiles_k();
-  for (int i = threadIdx.x; i < rows * p.tiles_k(); i += config.threads()) d_weights[i] = 0;
+  float* d_weights = p.d_weights + row * p.tiles.columns;
+  for (int i = threadIdx.x; i < rows * p.tiles.columns; i += config.threads()) d_weights[i] = 0;
 }
 
 struct Tile {
@@ -83,7 +83,7 @@ struct Tile {
 
   // Where the scales of the tile's rows are, for a block of gate and up.
   __forceinline__ long long scale_at(int half) const {
-    return ((long long)(batch * 2 + half) * p.tiles_k() + k0 / kBlock) * p.m + m0;
+    return ((long long)(batch * 2 + half) * p.tiles.columns + k0 / kBlock) * p.m + m0;
   }
 
   // All loads at once, each to where the thread alone will look for it.
@@ -148,7 +148,7 @@ struct Tile {
     }
     const float sum = reduce_over_16_lanes(sums, [](float x, float y) { return x + y; });
     if (threadIdx.x % 16 < kRows && own < rows) {
-      p.d_weights[((long long)batch * p.m + m0 + own) * p.tiles_k() + k0 / kBlock] = sum;
+      p.d_weights[((long long)batch * p.m + m0 + own) * p.tiles.columns + k0 / kBlock] = sum;
     }
   }
 
@@ -239,7 +239,7 @@ struct Tile {
   __forceinline__ void run() {
     load();
     compute();
-    const long long t_tile = (long long)batch * p.tiles_m() + t;
+    const long long t_tile = (long long)batch * p.tiles.rows + t;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       take(half ? kDUp : kDGate);
@@ -260,13 +260,13 @@ extern "C" __global__ void __launch_bounds__(deepgemm::training::config.threads(
   extern __shared__ uint4 memory[];
   deepgemm::wait_for_previous_kernel();
   deepgemm::let_next_kernel_start();
-  const int tiles = p.tiles();
+  const int tiles = p.tiles.count();
   if (int(blockIdx.x) >= tiles) return clear(p, blockIdx.x - tiles);
   Tile tile{p, *reinterpret_cast<Shared*>(memory)};
-  const int along_m = p.by_tiles_k(blockIdx.x);
-  tile.k0 = (blockIdx.x - along_m * p.tiles_k()) * kBlock;
-  tile.batch = p.by_tiles_m(along_m);
-  tile.t = along_m - tile.batch * p.tiles_m();
+  const auto [batch, t, column] = p.tiles(blockIdx.x);
+  tile.batch = batch;
+  tile.t = t;
+  tile.k0 = column * kBlock;
   const deepgemm::quantize::Groups groups(p.group_sizes + tile.batch * p.groups, p.groups, p.m,
                                           tile.t * kBlock);
   tile.m0 = groups.m0;

@@ -4,15 +4,15 @@ import ctypes
 
 import numpy as np
 import pytest
-from kernel_simulator import Divisor, SimulatedKernel, aligned, unwritten
+from kernel_simulator import SimulatedKernel, TileGrid, aligned, unwritten
 
 from deepgemm_jax.layout import config
 
 
 class Params(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("x", "y")]
-    _fields_ += [(name, ctypes.c_int) for name in ("batch", "m", "n")]
-    _fields_ += [(name, Divisor) for name in ("by_tiles_m", "by_tiles_n")]
+    _fields_ += [(name, ctypes.c_int) for name in ("m", "n")]
+    _fields_ += [("tiles", TileGrid)]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
@@ -24,6 +24,6 @@ def test_transpose(tmp_path, dtype):
     for batch, m, n in ((2, 17 * unit, 33 * unit), (1, unit, unit)):
         x = aligned(rng.integers(0, 2**32, (batch, m, n)).astype(dtype))
         y = unwritten((batch, n, m), dtype)
-        by_tiles = [Divisor.of(-(-size // (16 * unit))) for size in (m, n)]
-        kernel(x=x, y=y, batch=batch, m=m, n=n, by_tiles_m=by_tiles[0], by_tiles_n=by_tiles[1])
+        tiles = (-(-size // (16 * unit)) for size in (m, n))
+        kernel(x=x, y=y, m=m, n=n, tiles=TileGrid.of(batch, *tiles))
         np.testing.assert_array_equal(y, np.swapaxes(x, 1, 2))

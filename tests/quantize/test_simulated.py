@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cast_oracles import FP8, assert_close, assert_same, random_input
-from kernel_simulator import Divisor, SimulatedKernel, aligned, unwritten
+from kernel_simulator import Divisor, SimulatedKernel, TileGrid, aligned, unwritten
 
 from deepgemm_jax import ScaledArray
 from deepgemm_jax.quantize import (
@@ -37,8 +37,8 @@ class TilesParams(ctypes.Structure):
     _fields_ = [
         (name, POINTER) for name in ("x", "group_sizes", "data", "scale", "t_data", "t_scale")
     ]
-    _fields_ += [(name, INT) for name in ("batch", "m", "k", "groups", "t_rows", "round_up")]
-    _fields_ += [(name, Divisor) for name in ("by_tiles_m", "by_tiles_k")]
+    _fields_ += [(name, INT) for name in ("m", "k", "groups", "t_rows", "round_up")]
+    _fields_ += [("tiles", TileGrid)]
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,8 @@ def tiles(tmp_path_factory):
     def kernel(*chosen):
         integers = vars(config.tiles(*chosen)).values()
         run = SimulatedKernel(folder, config.TILES, TilesParams, integers)
-        return lambda t_rows, k, **params: run(
-            t_rows=t_rows,
-            k=k,
-            by_tiles_m=Divisor.of(blocks(t_rows)),
-            by_tiles_k=Divisor.of(blocks(k)),
-            **params,
+        return lambda batch, t_rows, k, **params: run(
+            t_rows=t_rows, k=k, tiles=TileGrid.of(batch, blocks(t_rows), blocks(k)), **params
         )
 
     return kernel

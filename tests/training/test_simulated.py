@@ -5,7 +5,7 @@ import ctypes
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_simulator import Divisor, SimulatedKernel, aligned, unwritten
+from kernel_simulator import Divisor, SimulatedKernel, TileGrid, aligned, unwritten
 
 from deepgemm_jax.quantize import per_token_cast_to_fp8
 from deepgemm_jax.training.op import BACKWARD, FORWARD, swiglu_backward, swiglu_forward
@@ -27,8 +27,8 @@ class SwigluBackwardParams(ctypes.Structure):
             *("dh", "dh_scale", "t_dh", "t_dh_scale", "t_y", "t_y_scale", "d_weights"),
         )
     ]
-    _fields_ += [(name, ctypes.c_int) for name in ("batch", "m", "k", "groups", "t_rows")]
-    _fields_ += [(name, Divisor) for name in ("by_tiles_m", "by_tiles_k")]
+    _fields_ += [(name, ctypes.c_int) for name in ("m", "k", "groups", "t_rows")]
+    _fields_ += [("tiles", TileGrid)]
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +101,11 @@ def test_backward(folder, sizes, weighted):
         group_sizes=sizes,
         weights=aligned(np.asarray(weights)) if weighted else None,
         **found,
-        batch=batch,
         m=m,
         k=k,
         groups=groups,
         t_rows=t_rows,
-        by_tiles_m=Divisor.of(t_rows // 128),
-        by_tiles_k=Divisor.of(k // 128),
+        tiles=TileGrid.of(batch, t_rows // 128, k // 128),
     )
     for i, x in enumerate(quantised):
         row_weights = weights[i] if weighted else None
