@@ -93,10 +93,11 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   const int64_t tiles =
       int64_t{columns} * (contiguous ? rows + p.num_groups : int64_t{rows} * p.num_groups);
   const int clusters = std::min<int64_t>(num_sms / config.cluster(), tiles);
-  // The tiles that run at once should cover a square of D.
-  const double aspect =
-      double(config.block_n * config.cluster_n) / (config.block_m * config.cluster_m);
-  const int band = std::lround(std::sqrt(clusters * aspect));
+  // The tiles that run at once should cover a square of D, counted by what CTAs load: those that
+  // share a tile load a part each.
+  const double wide = config.block_n * config.cluster_n / config.cluster_m;
+  const double high = config.block_m * config.cluster_m / config.cluster_n;
+  const int band = std::lround(std::sqrt(clusters * wide / high));
   p.order = TileOrder::of(rows, columns, config.groups == kDense ? p.num_groups : 1,
                           std::clamp(band, 1, rows));
   return {p, clusters};
