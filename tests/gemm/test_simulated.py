@@ -20,6 +20,8 @@ BY_NAME = {form.name: form for form in FORMS}
         ("blocks float8_e4m3fn", jnp.bfloat16, (256, 128), False),
         ("blocks float8_e4m3fn", jnp.float32, (192, 128), True),
         ("blocks float8_e5m2", jnp.bfloat16, (128, 160), True),
+        ("17 rows", jnp.bfloat16, (64, 64), True),
+        ("17 rows", jnp.float32, (64, 128), True),
         ("channels float8_e4m3fn", jnp.float32, (128, 128), True),
         ("channels float8_e4m3fn", jnp.bfloat16, (64, 128), False),
         ("rows float8_e4m3fn", jnp.bfloat16, (192, 128), False),
