@@ -43,6 +43,14 @@ __forceinline__ void pin(float (&d)[count]) {
   for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Zeroes registers here and nowhere else: of a branch around it the compiler would make a selection
+// for each, taken or not.
+template <int count>
+__forceinline__ void clear(float (&d)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));
+}
+
 // An inline assembly statement names each register, so each width is a statement of its own; the
 // macros below write the lists. R* are the operands' names, D* bind them, eight columns (four
 // registers) at a time.

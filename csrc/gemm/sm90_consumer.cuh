@@ -187,8 +187,8 @@ struct Output {
 // Writes a consumer's sums by way of shared memory, so many parts of their columns one after the
 // other. Each warp hands its own rows to the copy engine: nothing outside the warp waits.
 template <class Staged, int parts>
-__forceinline__ void store(const Params& p, const Sum& sum, const Ring& ring, uint32_t tile,
-                           int warp_row) {
+__forceinline__ void store_parts(const Params& p, const Sum& sum, const Ring& ring, uint32_t tile,
+                                 int warp_row) {
   constexpr int box = config.box_bytes(), columns = config.block_n / parts;
   constexpr bool converts = sizeof(Staged) != sizeof(Out);
   // Opaque, lest all addresses are found once for all tiles and kept in registers.
@@ -228,29 +228,32 @@ __forceinline__ void store(const Params& p, const Sum& sum, const Ring& ring, ui
   }
 }
 
-// Stores a consumer's sums, and starts them anew.
-__forceinline__ void finish(const Params& p, Sum& sum, const Ring& ring, int tile, int warp_row) {
+__forceinline__ void store(const Params& p, const Sum& sum, const Ring& ring, int tile,
+                           int warp_row) {
   if (!config.out_float32 && p.accumulate) {
     // In float32, lest the sum with D is rounded twice.
-    store<float, 2 * config.parts()>(p, sum, ring, ring.tile(tile), warp_row);
+    store_parts<float, 2 * config.parts()>(p, sum, ring, ring.tile(tile), warp_row);
   } else {
-    store<Out, config.parts()>(p, sum, ring, ring.tile(tile), warp_row);
-  }
-#pragma unroll
-  for (int w = 0; w < kWaves; ++w) {
-#pragma unroll
-    for (int i = 0; i < config.block_n / 2; ++i) sum[w][i] = 0;
+    store_parts<Out, config.parts()>(p, sum, ring, ring.tile(tile), warp_row);
   }
 }
 
 // FP8: each product is promoted.
 __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
   const int warp_row = reader.first_row + threadIdx.x % 128 / 32 * 16;
-  Sum sum = {};
   Part part;
   for (int tile = 0;; tile = next_tile(tile)) {
     const int blocks = begin_tile(reader, tile);
     if (blocks == 0) break;
+    // Zeroed while the first product runs, but of two waves: for these the branch costs more.
+    Sum sum;
+    if constexpr (kWaves > 1) {
+#pragma unroll
+      for (int w = 0; w < kWaves; ++w) {
+#pragma unroll
+        for (int j = 0; j < config.block_n / 2; ++j) sum[w][j] = 0;
+      }
+    }
     const int boundary = 128 - int(uniform(load_shared_int(reader.ring.tile(tile) + 8)) % 128);
     for (int i = 0;;) {
       cut_ends(reader, tile, i, blocks);
@@ -261,6 +264,7 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
         pin(part);
         if constexpr (config.scales == kChannels) reader.factor_product(factors, w);
         reader.product(part, w, false);
+        if (kWaves == 1 && i == 0) clear(sum[w]);
         const Ring slot = reader.ring;
         if constexpr (config.scales == kBlocks) {
           // Read while the product runs.
@@ -289,7 +293,7 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
       // At the loop's end, where it is still in a predicate whether there is anything to wait for.
       reader.wait();
     }
-    finish(p, sum, reader.ring, tile, warp_row);
+    store(p, sum, reader.ring, tile, warp_row);
   }
 }
 
@@ -301,7 +305,7 @@ constexpr int kAddUp = 4;
 __forceinline__ void multiply(const Params& p, Reader reader) {
   constexpr bool promotes = config.scales == kRows;
   static_assert(!promotes || kWaves == 1);
-  Sum sum = {};
+  Sum sum;
   Part part;
   const auto pin_all = [&] {
 #pragma unroll
@@ -312,13 +316,14 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
     const int blocks = begin_tile(reader, tile);
     if (blocks == 0) break;
     Ring before = reader.ring;
+    if (promotes) clear(sum[0]);
     pin_all();
     for (int i = 0; i < blocks; ++i) {
       reader.wait();
       cut_ends(reader, tile, i, blocks);
 #pragma unroll
       for (int w = 0; w < kWaves; ++w) {
-        reader.product(promotes ? part : sum[w], w, !promotes || i % kAddUp > 0);
+        reader.product(promotes ? part : sum[w], w, promotes ? i % kAddUp > 0 : i > 0);
       }
       wgmma_wait<kWaves>();
       if (i > 0) release(before);
@@ -341,7 +346,7 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
       for (int j = 0; j < config.block_n / 2; ++j) sum[0][j] *= factors[j];
     }
     release(before);
-    finish(p, sum, reader.ring, tile, warp_row);
+    store(p, sum, reader.ring, tile, warp_row);
   }
 }
 

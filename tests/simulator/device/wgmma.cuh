@@ -25,6 +25,10 @@ void wgmma_wait() {
 }
 template <int count>
 void pin(float (&)[count]) {}
+template <int count>
+void clear(float (&d)[count]) {
+  for (float& x : d) x = 0;
+}
 
 inline float decode(const char* p, int type) {
   if (type == kBfloat16) return bfloat16_to_float(*reinterpret_cast<const unsigned short*>(p));
