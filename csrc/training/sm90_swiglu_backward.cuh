@@ -83,7 +83,7 @@ struct Tile {
 
   // Where the scales of the tile's rows are, for a block of gate and up.
   __forceinline__ long long scale_at(int half) const {
-    return ((long long)(batch * 2 + half) * p.tiles.columns + k0 / kBlock) * p.m + m0;
+    return ((long long)(batch * 2 + half) * (p.k / kBlock) + k0 / kBlock) * p.m + m0;
   }
 
   // All loads at once, each to where the thread alone will look for it.
