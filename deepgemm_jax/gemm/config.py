@@ -195,10 +195,7 @@ class FewRows(AnyConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A shape of tile, and its cost with all multiprocessors at work.
-
-    On an H100 for FP8, on an H200 for bfloat16.
-    """
+    """A shape of tile, and its cost with all multiprocessors of an H100 at work."""
 
     block_m: int
     block_n: int
