@@ -130,7 +130,7 @@ constexpr int kRunsThreads = 1024;  // of the kernel that finds the spans of row
 struct Params {
   TensorMap a, b;
   TensorMap a_edge, b_edge;  // in boxes of what is left over of whole ones, or of kEdgeRows
-  TensorMap store;           // sm90.cuh: D in boxes of 16 rows, if `copy_engine`
+  TensorMap store;           // sm90.cuh: D in boxes of a warp's 16 rows, if `copy_engine`
   const float* a_scale;      // kBlocks, kChannels: [batch, ceil(k / 128), m]. kRows: [batch, m]
   const float* b_scale;      // kBlocks: [batch, ceil(n / 128), ceil(k / 128)]. Others as A's, of n
   void* d;                   // [batch, m, n]
@@ -140,7 +140,7 @@ struct Params {
   int num_groups;            // kMasked, kAlongK
   int m, n, k;
   int accumulate;          // D += A B^T, otherwise D = A B^T
-  int copy_engine;         // may write D: its rows are 16-byte aligned
+  int copy_engine;         // may write D: its rows are a multiple of box_n
   int blocks_n, blocks_k;  // blocks of 128 or block_k, the last one perhaps partial
   TileOrder order;         // over clusters' tiles, of one group if there are groups
 };
