@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """What is not marked to need a GPU runs on a CPU, module fixtures too."""
+    on_gpu = any(item.get_closest_marker(marker) for marker in ("gpu", "multigpu"))
+    with jax.default_device(None if on_gpu else jax.local_devices(backend="cpu")[0]):
+        return (yield)
+
+
 @pytest.fixture
 def mesh():
     """Makes the mesh x: 2, y: 4 of CPU devices, its axes of the given types, the current one."""

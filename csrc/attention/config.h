@@ -42,6 +42,10 @@ struct Config {
   constexpr int threads() const { return (consumers() + 1) * 128; }
   constexpr int queries() const { return columns / heads; }  // of a consumer
   constexpr int block_queries() const { return query_groups * queries(); }
+  // Queries that share each eight columns of a product, and how many heads each of them has there:
+  // so a thread, which holds two of the eight, has heads of one query.
+  constexpr int abreast() const { return queries() < 4 ? queries() : 4; }
+  constexpr int heads_abreast() const { return 8 / abreast(); }
   constexpr int q_bytes() const { return block_queries() * heads * kRowBytes; }
   constexpr int weight_bytes() const { return block_queries() * heads * 4; }
   // Queries have two slots, so that the next ones arrive while these are at work.
@@ -54,7 +58,7 @@ struct Config {
 // Queries are numbered through all sequences, each of which has its own keys and as many queries as
 // any other.
 struct Params {
-  TensorMap q;           // bytes [sequences * queries, heads, depth]
+  TensorMap q;           // bytes [heads / some, sequences * queries, some, depth]
   TensorMap keys;        // bytes [pages, page_keys, depth], or [1, sequences * keys, depth]
   TensorMap scales;      // float32, without the last dim
   const float* weights;  // [sequences * queries, heads]

@@ -41,8 +41,15 @@ inline TensorMap scale_map(const void* address, uint64_t count, uint64_t rows, u
 
 inline Params params_of(const Config& config, int ctas, const Operands& x) {
   Params p = {};
-  p.q = byte_map(x.q, x.depth, x.heads, x.sequences * x.queries, x.heads * x.depth, config.heads,
-                 config.block_queries());
+  // A single query lies as it is, whatever the number of its heads.
+  const uint32_t abreast = config.abreast();
+  const uint32_t some = abreast == 1 ? config.heads : config.heads_abreast();
+  p.q = jit::tensor_map(x.q, jit::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                        {x.depth, std::min<uint64_t>(some, x.heads), x.sequences * x.queries,
+                         (x.heads + some - 1) / some},
+                        {x.depth, x.heads * x.depth, some * x.depth},
+                        {kRowBytes, some, abreast, config.heads / some},
+                        jit::CU_TENSOR_MAP_SWIZZLE_128B);
   p.weights = x.weights;
   p.start = x.start;
   p.end = x.end;

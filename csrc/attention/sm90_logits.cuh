@@ -7,18 +7,19 @@
 //
 //   full: the slot has been written.  empty: all its readers have finished.
 //
-// Keys lie along the rows of wgmma, and queries and their heads along its columns: a thread then
-// holds a quarter of each query's heads for two keys. So the weights stay in registers for as long
-// as the queries do, and the sum over heads takes two instructions an element and few shuffles.
-// While the tensor cores multiply, hardly anything else is issued, so that it is the number of
-// instructions that counts, and not what overlaps with what.
+// Keys lie along the rows of wgmma, and queries and their heads along its columns, up to four
+// queries taking turns: of four, each thread then holds all heads of one, for two keys. So the
+// weights stay in registers for as long as the queries do, and the sum over heads takes two
+// instructions an element, and shuffles only where threads share a query. While the tensor cores
+// multiply, hardly anything else is issued, so that it is the number of instructions that counts,
+// and not what overlaps with what.
 //
 // Grid: one CTA a multiprocessor, each with an equal share of all tiles.
 #pragma once
 
 #include "attention/config.h"
 #include "attention/work.cuh"
-#include "device/ptx.cuh"
+#include "device/numbers.cuh"
 #include "device/wgmma.cuh"
 
 namespace deepgemm::attention {
@@ -26,6 +27,10 @@ namespace deepgemm::attention {
 constexpr Config config{CONFIG};
 
 constexpr int kQueries = config.queries();  // of a consumer
+constexpr int kAbreast = config.abreast();
+constexpr int kSets = kQueries / kAbreast;       // of queries abreast
+constexpr int kSharers = 4 / kAbreast;           // neighbours that have heads of the same query
+constexpr int kHeads = config.heads / kSharers;  // of a query, that a thread has
 constexpr int kFillWarps = 3;
 
 // Registers move from the producer, which needs few, to the consumers.
@@ -86,19 +91,11 @@ __forceinline__ int locate(const Params& p, const Part& part, int number) {
   return page < 0 || page >= p.cache_pages ? -1 : cache + page;
 }
 
-// Queries that are one block read each key once.
-__forceinline__ void load_keys(uint32_t shared, const TensorMap* map, uint32_t barrier, int x,
-                               int y, int z) {
-  if constexpr (config.query_groups == 1) {
-    tma_load_once(shared, map, barrier, x, y, z);
-  } else {
-    tma_load<1>(shared, map, barrier, x, y, z, 0);
-  }
-}
-
 // By a warp. A tile's keys come in pages, of which each lane has looked one up ahead.
 __forceinline__ void copy(const Params& p, Share share, Memory memory, Part* parts) {
   const int lane = threadIdx.x % 32;
+  // Queries that are one block read each key once.
+  constexpr uint64_t policy = config.query_groups == 1 ? kEvictFirst : kEvictNormal;
   const int stage_bytes = kKeyBytes + (p.pages ? kTileKeys : kScaleBox) * 4;
   Keys keys;
   for (Queries q;; q.advance()) {
@@ -119,7 +116,10 @@ __forceinline__ void copy(const Params& p, Share share, Memory memory, Part* par
       parts[q.slot] = part;
       if (any) {
         barrier_arrive_expect(memory.q_full(q.slot), config.q_bytes());
-        tma_load<1>(memory.q(q.slot), &p.q, memory.q_full(q.slot), 0, 0, part.query, 0);
+        for (int i = 0; i < config.block_queries(); i += kAbreast) {
+          tma_load_4d(memory.q(q.slot) + i * config.heads * kRowBytes, &p.q, memory.q_full(q.slot),
+                      0, 0, part.query + i, 0);
+        }
       } else {
         barrier_arrive(memory.q_full(q.slot));
       }
@@ -141,8 +141,8 @@ __forceinline__ void copy(const Params& p, Share share, Memory memory, Part* par
         const int at = __shfl_sync(0xffffffff, page, used++);
         const int x = p.pages ? 0 : at, z = p.pages ? at : 0;
         if (elect_one()) {
-          load_keys(memory.keys(keys.slot) + row * kRowBytes, &p.keys, full, 0, x, z);
-          load_keys(memory.scales(keys.slot) + row * 4, &p.scales, full, x / 4 * 4, z, 0);
+          tma_load(memory.keys(keys.slot) + row * kRowBytes, &p.keys, full, 0, x, z, policy);
+          tma_load(memory.scales(keys.slot) + row * 4, &p.scales, full, x / 4 * 4, z, 0, policy);
         }
       }
     }
@@ -163,7 +163,7 @@ __forceinline__ void fill(char* begin, char* end, uint32_t word) {
   if (first >= last) return fill_pairs(begin, end);
   fill_pairs(begin, first);
   for (char* x = first + lane * 16; x < last; x += 32 * 16) {
-    *reinterpret_cast<uint4*>(x) = make_uint4(word, word, word, word);
+    store_result(x, make_uint4(word, word, word, word));
   }
   fill_pairs(last, end);
 }
@@ -193,25 +193,17 @@ __forceinline__ void fill_edges(const Params& p, Memory memory, const Part* part
 
 // ---- products ---------------------------------------------------------------------------------
 
-// Sums value i over four lanes. Lane q gets sums q and q + 4; if there are fewer, sum q modulo
-// their number.
-template <int count>
-__forceinline__ void add_quad(float (&x)[count]) {
-  int left = count;
-#pragma unroll
-  for (int step = 1; step <= 2; ++step) {
-    const bool odd = threadIdx.x & step;
-    if (left == 1) {
-      x[0] += __shfl_xor_sync(0xffffffff, x[0], step);
-      continue;
-    }
-    left /= 2;
-#pragma unroll
-    for (int i = 0; i < left; ++i) {
-      const float kept = odd ? x[2 * i + 1] : x[2 * i], given = odd ? x[2 * i] : x[2 * i + 1];
-      x[i] = kept + __shfl_xor_sync(0xffffffff, given, step);
-    }
+// Two sums for each of two keys, over all lanes that share a query: one for each key; where lanes
+// do share it, a lane gets in the first place that of the key that its number's last bit says.
+__forceinline__ void add_up(float (&x)[2], const float (&sum)[2][2]) {
+  x[0] = sum[0][0] + sum[0][1];
+  x[1] = sum[1][0] + sum[1][1];
+  if constexpr (kSharers > 1) {
+    const bool odd = threadIdx.x & 1;
+    const float kept = odd ? x[1] : x[0], given = odd ? x[0] : x[1];
+    x[0] = kept + __shfl_xor_sync(0xffffffff, given, 1);
   }
+  if constexpr (kSharers > 2) x[0] += __shfl_xor_sync(0xffffffff, x[0], 2);
 }
 
 // Where a lane stores logits of a query, and which of the columns are of keys that it sees.
@@ -236,7 +228,7 @@ __forceinline__ void store(const Row& row, int column, const T (&x)[count]) {
   T* const to = static_cast<T*>(row.logits) + column;
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    if (static_cast<uint32_t>(column + 8 * i) < row.columns) to[8 * i] = x[i];
+    if (static_cast<uint32_t>(column + 8 * i) < row.columns) store_result(to + 8 * i, x[i]);
   }
 }
 
@@ -246,15 +238,13 @@ __forceinline__ void multiply(const Params& p, Memory memory, const Part* parts,
   const int query_group = consumer % config.query_groups;
   const int key_group = consumer / config.query_groups;
 
-  // Queries are summed up to four at a time, for two keys. Of these sums, numbered as add_quad
-  // wants them, a lane stores the first of which the number is its own, and of eight one more.
-  constexpr int kSummed = kQueries < 4 ? kQueries : 4;
-  constexpr int kStored = kSummed < 4 ? 1 : 2;
-  constexpr int kGroups = kQueries / kSummed;
-  const int number = quad_lane % (2 * kSummed);
-  const bool stores = number == quad_lane;
-  const int lane_query = query_group * kQueries + number % kSummed;
-  const int lane_key = threadIdx.x % 128 / 32 * 16 + lane / 4 + number / kSummed * 8;
+  // What a lane stores: both of its keys, or one of them, for a query of each set.
+  constexpr int kStored = kSharers == 1 ? 2 : 1;
+  const bool stores = kSharers < 4 || quad_lane < 2;
+  const int lane_query = query_group * kQueries + quad_lane / kSharers;
+  const int lane_key = threadIdx.x % 128 / 32 * 16 + lane / 4 + (kStored == 1 ? lane % 2 * 8 : 0);
+  const int lane_head =
+      quad_lane * 2 % config.heads_abreast();  // of each heads_abreast(), and the next
 
   Keys keys;
   keys.advance(key_group);
@@ -264,41 +254,41 @@ __forceinline__ void multiply(const Params& p, Memory memory, const Part* parts,
     const Part part = parts[q.slot];
     if (part.queries == 0) return;
     // Half the weights, since the sum below is of twice the ReLU.
-    float weight[kQueries][config.heads / 4];
+    float weight[kSets][kHeads];
+    Row rows[kSets];
 #pragma unroll
-    for (int i = 0; i < kQueries; ++i) {
-      const int query = query_group * kQueries + i;
-      const int heads = query < part.queries ? p.heads - quad_lane * 2 : 0;
-      const uint32_t w = memory.weights(q.slot) + (query * config.heads + quad_lane * 2) * 4;
+    for (int i = 0; i < kSets; ++i) {
+      const int query = lane_query + i * kAbreast;
+      const bool valid = query < part.queries;
+      rows[i] = row_of(p, part.query + (valid ? query : 0), lane_key);
+      if (!stores || !valid) rows[i].columns = 0;
+      const uint32_t w = memory.weights(q.slot) + query * config.heads * 4;
 #pragma unroll
-      for (int j = 0; j < config.heads / 4; j += 2) {
-        const float2 pair = load_shared_pair(w + j * 16);
-        weight[i][j] = j * 4 < heads ? 0.5f * pair.x : 0;
-        weight[i][j + 1] = j * 4 + 1 < heads ? 0.5f * pair.y : 0;
+      for (int j = 0; j < kHeads; j += 2) {
+        const int head = j / 2 * config.heads_abreast() + lane_head;
+        const float2 pair = load_shared_pair(w + head * 4);
+        weight[i][j] = valid && head < p.heads ? 0.5f * pair.x : 0;
+        weight[i][j + 1] = valid && head + 1 < p.heads ? 0.5f * pair.y : 0;
       }
-    }
-    Row rows[kGroups];
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int query = lane_query + i * kSummed;
-      rows[i] = row_of(p, part.query + min(query, part.queries - 1), lane_key);
-      if (!stores || query >= part.queries) rows[i].columns = 0;
     }
     const uint32_t scale_at = (p.pages ? lane_key : lane_key + part.sequence * p.keys_end % 4) * 4;
 
     const uint64_t b = tile_descriptor(memory.q(q.slot) + query_group * config.columns * kRowBytes);
-    float sum[kGroups][2 * kSummed], scale[kStored];
+    float sum[kSets][2]
+             [2];  // of a key's even and odd heads: FMAs that need not wait for each other
+    float scale[kStored];
     const auto store_sums = [&](int tile) {
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        add_quad(sum[i]);
+      for (int i = 0; i < kSets; ++i) {
+        float total[2];
+        add_up(total, sum[i]);
         const Row& row = rows[i];
         const int column = tile * kTileKeys + row.shift;
         float x[kStored];
 #pragma unroll
         for (int j = 0; j < kStored; ++j) {
           const bool seen = static_cast<uint32_t>(column + 8 * j - row.first) < row.seen;
-          x[j] = seen ? sum[i][j] * scale[j] : minus_infinity;
+          x[j] = seen ? total[j] * scale[j] : minus_infinity;
         }
         if (p.out_float32) {
           store(row, column, x);
@@ -337,12 +327,11 @@ __forceinline__ void multiply(const Params& p, Memory memory, const Part* parts,
       keys.advance(config.key_groups);
 #pragma unroll
       for (int i = 0; i < config.columns / 2; ++i) {
-        const int query = i / (config.heads / 2), head = i % (config.heads / 2);
+        const int set = i / (2 * kHeads), head = i % (2 * kHeads) / 4 * 2 + i % 2;
         // Twice the ReLU; unlike a maximum it keeps NaN, and runs at full rate.
         const float relu = product[i] + fabsf(product[i]);
-        const float w = weight[query][head / 4 * 2 + head % 2];
-        float& to = sum[query / kSummed][head / 2 % 2 * kSummed + query % kSummed];
-        to = head < 4 && head % 2 == 0 ? relu * w : fmaf(relu, w, to);
+        float& to = sum[set][i / 2 % 2][i % 2];
+        to = head < 2 ? relu * weight[set][head] : fmaf(relu, weight[set][head], to);
       }
     }
     if (tile != begin) store_sums(tile - config.key_groups);
@@ -380,8 +369,8 @@ __forceinline__ void prefetch_likely_keys(const Params& p) {
   const int first = p.by_ctas((place - part.sequence * int(gridDim.x)) * pages);
   const int page = locate(p, part, first + lane);
   if (page < 0) return;
-  tma_prefetch_once(&p.keys, 0, 0, page);
-  tma_prefetch_once(&p.scales, 0, page, 0);
+  tma_prefetch(&p.keys, 0, 0, page, kEvictFirst);
+  tma_prefetch(&p.scales, 0, page, 0, kEvictFirst);
 }
 
 extern "C" __global__ void __launch_bounds__(config.threads(), 1)

@@ -6,11 +6,8 @@
 
 namespace deepgemm {
 
-// For what a kernel reads once that reads and writes so many bytes. To leave first spares what
-// waits in L2 to be written; but where that is far more than L2 holds anyway, lines in their usual
-// order are written faster.
 __forceinline__ uint64_t policy_of_reads(long long bytes) {
-  return bytes > 90 << 20 ? kEvictNormal : kEvictFirst;
+  return l2_may_hold(bytes) ? kEvictFirst : kEvictNormal;
 }
 
 // 16 bytes for which there is no room in L1. Not by the path for constants (.nc): the kernel
@@ -34,6 +31,16 @@ __forceinline__ void store_result(void* address, uint2 x) {
 __forceinline__ void store_result(void* address, uint4 x) {
   asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address),
                "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "l"(kEvictLast)
+               : "memory");
+}
+
+__forceinline__ void store_result(float* address, float x) {
+  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(address), "f"(x), "l"(kEvictLast)
+               : "memory");
+}
+
+__forceinline__ void store_result(unsigned short* address, unsigned short x) {
+  asm volatile("st.global.L2::cache_hint.u16 [%0], %1, %2;" ::"l"(address), "h"(x), "l"(kEvictLast)
                : "memory");
 }
 

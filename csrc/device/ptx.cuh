@@ -89,24 +89,48 @@ __forceinline__ void prefetch_l2(const void* x) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(x) : "memory");
 }
 
-// Loads a box. With several `peers` it lands at the same address, and counts towards the barrier at
-// the same address, in each CTA of `peer_mask`.
-template <int peers>
+// Which lines leave L2 first, as createpolicy encodes it. What is read once takes the place of
+// other such bytes first, and so leaves there what others read again, and what has yet to be
+// written to memory.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000,
+                   kEvictLast = 0x14F0000000000000;
+
 __forceinline__ void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, int y,
-                              int z, unsigned short peer_mask) {
-  if constexpr (peers == 1) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
-        : "memory");
-  } else {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(peer_mask)
-        : "memory");
-  }
+                              int z, uint64_t policy = kEvictNormal) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
+      : "memory");
+}
+
+__forceinline__ void tma_load_4d(uint32_t shared, const TensorMap* map, uint32_t barrier, int x,
+                                 int y, int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
+// The box lands at the same address, and counts towards the barrier at the same address, in each
+// CTA of `peers`.
+__forceinline__ void tma_multicast(uint32_t shared, const TensorMap* map, uint32_t barrier, int x,
+                                   int y, int z, unsigned short peers) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(peers)
+      : "memory");
+}
+
+// Brings a box as far as L2.
+__forceinline__ void tma_prefetch(const TensorMap* map, int x, int y, int z, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.3d.L2.global.L2::cache_hint [%0, {%1, %2, %3}], %4;" ::"l"(
+          map),
+      "r"(x), "r"(y), "r"(z), "l"(policy)
+      : "memory");
 }
 
 // Copies 8 or 16 bytes in the background, or writes zeros if there is nothing to read.
@@ -130,35 +154,12 @@ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Which lines leave L2 first, as createpolicy encodes it.
-constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000,
-                   kEvictLast = 0x14F0000000000000;
-
-// Loads a box of what is read once: in L2 it takes the place of other such bytes first, and so
-// leaves there what others read again, and what has yet to be written to memory.
-__forceinline__ void tma_load_once(uint32_t shared, const TensorMap* map, uint32_t barrier, int x,
-                                   int y, int z) {
+__forceinline__ void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z, int w,
+                               uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(kEvictFirst)
-      : "memory");
-}
-
-// Brings such a box as far as L2.
-__forceinline__ void tma_prefetch_once(const TensorMap* map, int x, int y, int z) {
-  asm volatile(
-      "cp.async.bulk.prefetch.tensor.3d.L2.global.L2::cache_hint [%0, {%1, %2, %3}], %4;" ::"l"(
-          map),
-      "r"(x), "r"(y), "r"(z), "l"(kEvictFirst)
-      : "memory");
-}
-
-__forceinline__ void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z, int w) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
-          map),
-      "r"(shared), "r"(x), "r"(y), "r"(z), "r"(w)
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint"
+      " [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(map),
+      "r"(shared), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
       : "memory");
 }
 

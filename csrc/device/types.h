@@ -21,6 +21,10 @@ struct OutType<false> {
   using type = unsigned short;
 };
 
+// Whether L2 can hold a good part of so many bytes. Then what is read once should leave it first,
+// which spares what waits there to be written. Of more, lines in their usual order are faster.
+constexpr bool l2_may_hold(long long bytes) { return bytes <= 90 << 20; }
+
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Divides numbers from 0 on by what the host knows, in two instructions. A division takes a GPU

@@ -9,7 +9,6 @@ namespace deepgemm::gemm {
 constexpr int kRowBytes = 128;  // of an operand's tile along its contiguous dim: a swizzled row
 constexpr int kTileBytes = 32;  // that tell where a tile lies
 constexpr int kStagedBytes = 1 << 16;  // of a tile of D in shared memory, at most
-constexpr int kEdgeRows = 8;  // kContiguous: of a box of A where whole ones would reach beyond it
 // kChannels: scales are an operand in bfloat16, MN-major, of so many rows of M or N and of 16 of K.
 constexpr int kFactorRows = 64;
 constexpr int kFactorBytes = 16 * kRowBytes;
@@ -71,6 +70,10 @@ struct Config {
     return row % 128 == 0 ? 128 : row % 64 == 0 ? 64 : 32;
   }
   constexpr int box_n() const { return box_bytes() / out_bytes(); }
+  // Of a box of A at the end of a group of rows, which the host does not know.
+  constexpr int edge_rows() const {
+    return groups == kContiguous || groups == kMasked ? block_m / cluster_n / 4 : 0;
+  }
   constexpr int stage_bytes() const { return a_bytes() + b_bytes() + scale_bytes(); }
   // What is told of so many tiles: of those that begin in the slots and the one that is being
   // stored.
@@ -129,7 +132,7 @@ constexpr int kRunsThreads = 1024;  // of the kernel that finds the spans of row
 
 struct Params {
   TensorMap a, b;
-  TensorMap a_edge, b_edge;  // in boxes of what is left over of whole ones, or of kEdgeRows
+  TensorMap a_edge, b_edge;  // in boxes of what is left over of whole ones, or of edge_rows()
   TensorMap store;           // sm90.cuh: D in boxes of a warp's 16 rows, if `copy_engine`
   const float* a_scale;      // kBlocks, kChannels: [batch, ceil(k / 128), m]. kRows: [batch, m]
   const float* b_scale;      // kBlocks: [batch, ceil(n / 128), ceil(k / 128)]. Others as A's, of n
@@ -141,6 +144,8 @@ struct Params {
   int m, n, k;
   int accumulate;          // D += A B^T, otherwise D = A B^T
   int copy_engine;         // may write D: its rows are a multiple of box_n
+  int keep_d;              // D, which the next kernel reads, leaves L2 after anything else
+  int leave_first;         // B's tiles that are read once leave L2 before anything else
   int blocks_n, blocks_k;  // blocks of 128 or block_k, the last one perhaps partial
   TileOrder order;         // over clusters' tiles, of one group if there are groups
 };

@@ -21,6 +21,8 @@ struct Matrix {
   void* data;
   uint64_t batch, rows, columns;
 
+  uint64_t count() const { return batch * rows * columns; }
+
   // Boxes of elements of `bytes` bytes, in rows of kRowBytes.
   TensorMap map(uint64_t bytes, uint32_t box_columns, uint32_t box_rows) const {
     return jit::tensor_map(data, element_type(bytes), {columns, rows, batch},
@@ -69,9 +71,13 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   p.a = operand(x.a, config.a_mn_major, a_rows);
   p.b = operand(x.b, config.b_mn_major, b_rows);
   const bool contiguous = config.groups == kContiguous;
-  p.a_edge = operand(x.a, config.a_mn_major, contiguous ? kEdgeRows : left_over(x.d.rows, a_rows));
+  const int edge_rows = config.edge_rows() ? config.edge_rows() : left_over(x.d.rows, a_rows);
+  p.a_edge = operand(x.a, config.a_mn_major, edge_rows);
   p.b_edge = operand(x.b, config.b_mn_major, left_over(x.d.columns, b_rows));
   p.accumulate = x.accumulate;
+  // Of masked groups few rows are written, whatever the room for them.
+  p.keep_d = config.groups == kMasked || l2_may_hold(x.d.count() * config.out_bytes());
+  p.leave_first = l2_may_hold(x.b.count() * config.element_bytes());
   p.copy_engine = x.d.columns % config.box_n() == 0;
   if (p.copy_engine) p.store = store_map(config, x.d);
   p.a_scale = x.a_scale;

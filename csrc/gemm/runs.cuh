@@ -13,7 +13,7 @@ namespace deepgemm::gemm {
 constexpr int kWarps = kRunsThreads / 32;
 static_assert(kWarps == 32);  // a lane for each
 // Of a warp through its stretch, at most: a lane's marks are the bits of a word.
-constexpr int kSteps = 16;
+constexpr int kSteps = 32;
 
 // Runs of groups and runs of none; of one chunk they fit a word.
 struct Count {

@@ -216,11 +216,12 @@ __forceinline__ void store_parts(const Params& p, const Sum& sum, const Ring& ri
         copy_rows<Staged, box>(staged(w), static_cast<Out*>(p.d) + to.first(p) + column,
                                min(to.end - to.row, 16), min(columns, p.n - column), p.n,
                                p.accumulate, lane);
-      } else if (lane == 0) {
+      } else if (lane == 0 && (config.groups != kMasked || to.row < to.end)) {
         if (p.accumulate) {
           tma_add(&p.store, staged(w), 0, to.row, column / config.box_n(), to.batch);
         } else {
-          tma_store(&p.store, staged(w), 0, to.row, column / config.box_n(), to.batch);
+          tma_store(&p.store, staged(w), 0, to.row, column / config.box_n(), to.batch,
+                    p.keep_d ? kEvictLast : kEvictNormal);
         }
         tma_store_commit();
       }

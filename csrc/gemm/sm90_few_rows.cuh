@@ -18,7 +18,7 @@
 //   taken:     the whole cluster has added up what it was sent, and may be sent the next tile's.
 #pragma once
 
-#include "device/ptx.cuh"
+#include "device/numbers.cuh"
 #include "device/scheduler.cuh"
 #include "device/wgmma.cuh"
 #include "gemm/config.h"
@@ -132,8 +132,8 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring, Share share) {
       const int k = kb * config.block_k();
       barrier_wait(ring.empty(), ring.parity ^ 1);
       barrier_arrive_expect(ring.full(), (a_rows + b_rows) * kRowBytes);
-      tma_load<1>(ring.a(), a, ring.full(), k, tile.m0, tile.batch, 0);
-      tma_load_once(ring.b(), b, ring.full(), k, tile.n0, tile.batch);
+      tma_load(ring.a(), a, ring.full(), k, tile.m0, tile.batch);
+      tma_load(ring.b(), b, ring.full(), k, tile.n0, tile.batch, kEvictFirst);
     }
   }
 }
@@ -205,8 +205,8 @@ __forceinline__ void store(const Params& p, const Ring& ring, float (&sum)[count
     for (int i = threadIdx.x % 128; i < chunks * 64; i += 128) {
       const int r = i / 8, c = i % 8;
       if (row + r < end && column + c * 8 < p.n)
-        *reinterpret_cast<uint4*>(d + static_cast<long long>(row + r) * p.n + column + c * 8) =
-            load_shared_quad(staged(r, c));
+        store_result(d + static_cast<long long>(row + r) * p.n + column + c * 8,
+                     load_shared_quad(staged(r, c)));
     }
   }
 }

@@ -18,10 +18,20 @@ struct Rows {
   const TensorMap &whole_map, &edge_map;
   int row, end, batch;
   unsigned short peer_mask;
+  uint64_t policy = kEvictNormal;
 
   // How many of so many rows from a first one on are loaded.
   __forceinline__ int loaded(int first, int count) const {
     return max(min(ceil_div(end - first, kBox) * kBox, count), 0);
+  }
+
+  __forceinline__ void load_box(uint32_t shared, const TensorMap& map, uint32_t barrier, int x,
+                                int y) const {
+    if constexpr (peers == 1) {
+      tma_load(shared, &map, barrier, x, y, batch, policy);
+    } else {
+      tma_multicast(shared, &map, barrier, x, y, batch, peer_mask);
+    }
   }
 
   template <bool whole>
@@ -31,14 +41,14 @@ struct Rows {
 #pragma unroll
       for (int i = 0; i < rows; i += kBox) {
         if (i >= left) break;
-        tma_load<peers>(shared + i * kRowBytes, &whole_map, barrier, row + i, k, batch, peer_mask);
+        load_box(shared + i * kRowBytes, whole_map, barrier, row + i, k);
       }
     } else if (left >= rows) {
-      tma_load<peers>(shared, &whole_map, barrier, k, row, batch, peer_mask);
+      load_box(shared, whole_map, barrier, k, row);
     } else {
 #pragma unroll 1
       for (int i = 0; i < left; i += edge_rows ? edge_rows : rows) {
-        tma_load<peers>(shared + i * kRowBytes, &edge_map, barrier, k, row + i, batch, peer_mask);
+        load_box(shared + i * kRowBytes, edge_map, barrier, k, row + i);
       }
     }
   }
@@ -58,18 +68,22 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   // CTAs that share a tile load one part each and broadcast it.
   constexpr int a_rows = config.block_m / config.cluster_n;
   constexpr int b_rows = config.block_n / config.cluster_m;
-  // Groups of rows begin anywhere: what is left of the last one is not known to the host.
-  constexpr int edge_rows = config.groups == kContiguous ? kEdgeRows : 0;
   const int a_part = tile.n_rank * a_rows, b_part = tile.m_rank * b_rows;
   unsigned short a_peers = 0, b_peers = 0;
   for (int i = 0; i < config.cluster_n; ++i) a_peers |= 1 << (tile.m_rank + i * config.cluster_m);
   for (int i = 0; i < config.cluster_m; ++i) b_peers |= 1 << (i + tile.n_rank * config.cluster_m);
   int number = 0;
   for (; !tile.done; tile.next(), number = next_tile(number)) {
-    const Rows<config.a_mn_major, a_rows, config.cluster_n, edge_rows> a{
-        p.a, p.a_edge, tile.m0 + a_part, p.m, tile.a_batch, a_peers};
-    const Rows<config.b_mn_major, b_rows, config.cluster_m> b{p.b, p.b_edge,     tile.n0 + b_part,
-                                                              p.n, tile.b_batch, b_peers};
+    const Rows<config.a_mn_major, a_rows, config.cluster_n, config.edge_rows()> a{
+        p.a, p.a_edge, tile.m0 + a_part, tile.a_end(), tile.a_batch, a_peers};
+    const Rows<config.b_mn_major, b_rows, config.cluster_m> b{
+        p.b,
+        p.b_edge,
+        tile.n0 + b_part,
+        p.n,
+        tile.b_batch,
+        b_peers,
+        p.leave_first && tile.b_once ? kEvictFirst : kEvictNormal};
     const auto copy = [&]<bool whole>() {
       const int bytes =
           whole
@@ -84,7 +98,7 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
         b.template load<whole>(ring.b() + b_part * kRowBytes, ring.full(), kb);
       }
     };
-    if (tile.m0 + config.block_m <= p.m && tile.n0 + config.block_n <= p.n) {
+    if (tile.m0 + config.block_m <= tile.a_end() && tile.n0 + config.block_n <= p.n) {
       copy.template operator()<true>();
     } else {
       copy.template operator()<false>();
@@ -122,7 +136,7 @@ struct LaneScales {
       : p(p), lane(lane), last_block(min(tile.last_block(), p.blocks_k) - 1) {
     const long long blocks_k = config.scales == kRows ? 1 : p.blocks_k;
     a = p.a_scale + tile.a_batch * blocks_k * p.m + tile.m0 + lane;
-    a_rows = p.m - tile.m0 - lane;
+    a_rows = tile.a_end() - tile.m0 - lane;
     if constexpr (config.scales == kBlocks) {
       const int block = min(tile.n0 / 128, p.blocks_n - 1);
       b = p.b_scale + (tile.b_batch * p.blocks_n + block) * blocks_k;

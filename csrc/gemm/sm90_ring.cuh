@@ -61,6 +61,7 @@ struct Tiles {
   int m_end;           // first row that is not the tile's to write
   int k0, k_end;       // elements along K
   int a_batch, b_batch, d_batch;
+  bool b_once;  // no other rows are multiplied with the tile's B
   bool done;
 
   __forceinline__ explicit Tiles(const Params& p) : p(p), index(blockIdx.x / config.cluster()) {
@@ -73,6 +74,7 @@ struct Tiles {
   __forceinline__ void locate() {
     k0 = k_end = 0;
     m_end = p.m;
+    int rows = p.order.rows;
     if constexpr (config.groups == kDense) {
       done = index >= p.order.count();
       if (done) return;
@@ -82,7 +84,7 @@ struct Tiles {
       place(0, t);
     } else {
       Span span;
-      int rows = p.order.rows, count;
+      int count;
       for (;; index -= count, number += number < 0 ? -1 : 1) {
         done = !next_span(span);
         // The tiles of no group, which take little time, come last.
@@ -105,13 +107,14 @@ struct Tiles {
         k0 = span.group < 0 ? p.blocks_k * config.block_k() : 0;
         k_end = p.k;
         span.group = max(span.group, 0);
-        if constexpr (config.groups == kContiguous) m_end = span.end;
+        m_end = span.end;
       }
       a_batch = config.groups == kMasked ? number : 0;
       b_batch = config.groups == kAlongK ? 0 : span.group;
       d_batch = config.groups == kContiguous ? 0 : number;
       place(span.start, p.order.in_group(index, rows));
     }
+    b_once = rows == 1;
   }
 
   __forceinline__ bool next_span(Span& span) const {
@@ -142,6 +145,9 @@ struct Tiles {
     index += gridDim.x / config.cluster();
     locate();
   }
+
+  // The first row of A that is not loaded. Behind a masked group's last one there is nothing.
+  __forceinline__ int a_end() const { return config.groups == kMasked ? m_end : p.m; }
 
   // Blocks of K, counted from K's beginning wherever the group's is. There is one at least: where
   // nothing is to be added up, of zeros, which lie behind K's end or are cut out.

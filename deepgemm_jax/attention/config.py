@@ -8,9 +8,9 @@ from .._core.device import H200, Device
 
 LOGITS_SOURCE = "attention/sm90_logits.cuh"
 TOPK_SOURCE = "attention/sm90_topk.cuh"
-# To how many heads those of a query are filled up, and how wide a product may be: of more queries
-# the sums, which wait for the next product to be stored, would not stay in registers.
-WIDTHS = {16: (64, 128), 32: (64, 128), 64: (64, 128, 256), 128: (128, 256)}
+# To how many heads those of a query are filled up, and how wide a product may be: the first is that
+# of one query. With 256 columns of 16 heads registers spill.
+WIDTHS = {16: (16, 64, 128), 32: (32, 64, 128, 256), 64: (64, 128, 256), 128: (128, 256)}
 MAX_HEADS = max(WIDTHS)
 MAX_STAGES = 8  # of 64 keys. With more on their way, memory delivers fewer a second.
 
@@ -37,6 +37,12 @@ def _logits_config(
     return LogitsConfig(heads, columns, *groups, stages // groups[1] * groups[1])
 
 
+def _heads_abreast(queries: int) -> int:
+    """What the number of heads must be a multiple of for a product of so many queries: one query
+    lies as it is, two and more take turns in each eight columns."""
+    return 1 if queries == 1 else 8 // min(queries, 4)
+
+
 @functools.cache
 def choose_logits(queries: int, heads: int, device: Device) -> LogitsConfig:
     """The config for sequences of so many queries each, of at most 128 heads.
@@ -45,23 +51,26 @@ def choose_logits(queries: int, heads: int, device: Device) -> LogitsConfig:
     their own, so that a key read from L2 serves as many as possible, or where there are too few
     queries for that, take the tiles of keys in turn.
     """
-    heads = next(h for h in WIDTHS if heads <= h)
-    for columns in WIDTHS[heads]:
-        if queries * heads <= columns:
-            return _logits_config(heads, columns, (1, 2), device)
-    return _logits_config(heads, WIDTHS[heads][-1], (2, 1), device)
+    filled = next(h for h in WIDTHS if heads <= h)
+    widths = [
+        columns for columns in WIDTHS[filled] if heads % _heads_abreast(columns // filled) == 0
+    ]
+    for columns in widths:
+        if queries * filled <= columns:
+            return _logits_config(filled, columns, (1, 2), device)
+    return _logits_config(filled, widths[-1], (2, 1), device)
 
 
 def logits_variants(device: Device = H200) -> list[LogitsConfig]:
     """Every config that `choose_logits` may return."""
-    return [
-        *(
-            _logits_config(heads, columns, (1, 2), device)
-            for heads, widths in WIDTHS.items()
-            for columns in widths
-        ),
-        *(_logits_config(heads, widths[-1], (2, 1), device) for heads, widths in WIDTHS.items()),
-    ]
+    return sorted(
+        {
+            choose_logits(queries, heads, device)
+            for queries in range(1, 18)
+            for heads in range(1, MAX_HEADS + 1)
+        },
+        key=dataclasses.astuple,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,8 +52,10 @@ def assert_exact(found, wanted):
 @pytest.mark.parametrize(
     ("s", "t", "h", "d", "dtype"),
     [
-        (3, 900, 13, 128, jnp.float32),
-        (230, 90, 13, 64, jnp.bfloat16),
+        (3, 900, 12, 128, jnp.float32),
+        (20, 90, 13, 64, jnp.float32),
+        (230, 90, 14, 64, jnp.bfloat16),
+        (9, 200, 124, 32, jnp.bfloat16),
         (1, 300, 65, 32, jnp.float32),
     ],
 )

@@ -199,12 +199,12 @@ def test_ops_and_shapes_can_be_chosen():
     assert list(run.chosen(BENCHMARKS, [GEMM.op], None)) == [(GEMM, s) for s in GEMM.shapes]
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.op)
-def test_each_reference_of_an_op_is_measured(benchmark):
+@pytest.mark.parametrize("measured", BENCHMARKS, ids=lambda measured: measured.op)
+def test_each_reference_of_an_op_is_measured(measured):
     rows = json.loads((REFERENCE / "h200_deepgemm.json").read_text())["rows"]
-    shapes = {tuple(row["shape"]) for row in rows if row["op"] == benchmark.op}
-    assert shapes <= set(benchmark.shapes)
-    assert set(benchmark.chained) <= set(benchmark.shapes)
+    shapes = {tuple(row["shape"]) for row in rows if row["op"] == measured.op}
+    assert shapes <= set(measured.shapes)
+    assert set(measured.chained) <= set(measured.shapes)
 
 
 def test_the_floor_is_that_of_the_references():

@@ -23,8 +23,9 @@ def test_every_config_gives_the_logits(dtype):
         fits = config.columns // config.heads
         # So many queries that it is chosen.
         s = fits if config.query_groups == 1 else 5 * fits + 1
-        assert choose_logits(s, config.heads, cuda_device()) == config
-        problem = random_problem(s, s, 1111, config.heads - 1, 128)
+        heads = config.heads - (1 if fits == 1 else 4)
+        assert choose_logits(s, heads, cuda_device()) == config
+        problem = random_problem(s, s, 1111, heads, 128)
         found = fp8_mqa_logits(*put(problem.arguments, "cuda"), logits_dtype=dtype)
         assert_close(found, logits(problem), "cuda")
         assert_small_difference(found, logits(problem))

@@ -80,17 +80,16 @@ inline void fence_barrier_init() {}
 
 inline void prefetch(const TensorMap*) {}
 inline void prefetch_l2(const void*) {}
-inline void tma_prefetch_once(const TensorMap*, int, int, int) {}
+constexpr uint64_t kEvictFirst = 0, kEvictNormal = 0, kEvictLast = 0;
+inline void tma_prefetch(const TensorMap*, int, int, int, uint64_t) {}
 
-template <int peers>
-void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, int y, int z,
-              unsigned short peer_mask) {
-  if (peers == 1) peer_mask = 1 << sim::self().cta->rank;
+inline void load_box(uint32_t shared, const TensorMap* map, uint32_t barrier,
+                     std::array<int64_t, 4> start, unsigned short peers) {
   sim::later([=] {
     for (uint32_t rank = 0; rank < 16; ++rank) {
-      if (!(peer_mask >> rank & 1)) continue;
+      if (!(peers >> rank & 1)) continue;
       long bytes = 0;
-      for_box(map, (shared & 0xffffff) | rank << 24, {x, y, z, 0},
+      for_box(map, (shared & 0xffffff) | rank << 24, start,
               [&](char* to, const char* from, int count) {
                 from ? std::memcpy(to, from, count) : std::memset(to, 0, count);
                 bytes += count;
@@ -100,9 +99,19 @@ void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, in
   });
 }
 
-inline void tma_load_once(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, int y,
-                          int z) {
-  tma_load<1>(shared, map, barrier, x, y, z, 0);
+inline void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, int y, int z,
+                     uint64_t = 0) {
+  load_box(shared, map, barrier, {x, y, z, 0}, 1 << sim::self().cta->rank);
+}
+
+inline void tma_load_4d(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, int y,
+                        int z, int w) {
+  load_box(shared, map, barrier, {x, y, z, w}, 1 << sim::self().cta->rank);
+}
+
+inline void tma_multicast(uint32_t shared, const TensorMap* map, uint32_t barrier, int x, int y,
+                          int z, unsigned short peers) {
+  load_box(shared, map, barrier, {x, y, z, 0}, peers);
 }
 
 template <int bytes>
@@ -134,7 +143,7 @@ void store_box(const TensorMap* map, uint32_t shared, std::array<int64_t, 4> sta
     --thread->stores;
   });
 }
-inline void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z, int w) {
+inline void tma_store(const TensorMap* map, uint32_t shared, int x, int y, int z, int w, uint64_t) {
   store_box(map, shared, {x, y, z, w},
             [](char* to, const char* from, int count) { std::memcpy(to, from, count); });
 }
