@@ -116,35 +116,46 @@ def forms(seed: int = 0) -> Iterator[Form]:
     weight_scale = scale(GROUPS, BLOCKS_N, BLOCKS_K)
     weights64 = double(weights) * wide(weight_scale, 128)[:, :N]
     plain = data(GROUPS, N, K, dtype=jnp.bfloat16)
-    in_order = np.repeat([*range(GROUPS), -1], [*SIZES, M - ENDS[-1]])
+    first = 1  # row of a group
+    starts, ends = (first + ENDS - SIZES).astype(np.int32), (first + ENDS).astype(np.int32)
+    in_order = np.repeat([-1, *range(GROUPS), -1], [first, *SIZES, M - ends[-1]])
     shuffled = np.repeat(rng.integers(-1, GROUPS, M // 8), 8)
     padded = np.repeat(
         [-1, 1, -1, 1, -1, 4, 0, -1, 2, -1], [3, 20, 130, 1, 15, 73, 10, 12, 30, M - 294]
     )
-    for order, ids in (("sorted", in_order), ("shuffled", shuffled), ("padded", padded)):
+    for order, ids in (
+        ("sorted", in_order),
+        ("in order", in_order),
+        ("shuffled", shuffled),
+        ("padded", padded),
+    ):
         ids = ids.astype(np.int32)
+        by_id = order != "in order"
+        told = (ids,) if by_id else (starts, ends)
         member = (ids[:, None] == np.arange(GROUPS))[..., None]
         a, a_scale = data(M, K), scale(M, BLOCKS_K)
         a[ids < 0], a_scale[ids < 0] = np.nan, np.nan
         each = product(double(a) * wide(a_scale), weights64).swapaxes(0, 1)
+        which = grouped.m_grouped_fp8_gemm_nt_contiguous
         yield Form(
             f"contiguous {order}",
-            grouped.m_grouped_fp8_gemm_nt_contiguous,
+            which.by_id if by_id else which.in_order,
             grouped.GroupedParams(),
-            dense.Form("blocks", "contiguous"),
-            (a, a_scale, weights, weight_scale, ids),
+            dense.Form("blocks", "contiguous", by_id=by_id),
+            (a, a_scale, weights, weight_scale, *told),
             np.where(member, each, 0).sum(1),
         )
         a = data(M, K, dtype=jnp.bfloat16)
         a[ids < 0] = np.nan
         each = product(double(a), double(plain)).swapaxes(0, 1)
         for layout in ("nt", "nn"):
+            which = getattr(grouped, f"m_grouped_bf16_gemm_{layout}_contiguous")
             yield Form(
                 f"contiguous bf16 {layout} {order}",
-                getattr(grouped, f"m_grouped_bf16_gemm_{layout}_contiguous"),
+                which.by_id if by_id else which.in_order,
                 grouped.PlainParams(),
-                dense.Form("none", "contiguous", b_mn_major=layout == "nn"),
-                (a, plain.swapaxes(1, 2) if layout == "nn" else plain, ids),
+                dense.Form("none", "contiguous", b_mn_major=layout == "nn", by_id=by_id),
+                (a, plain.swapaxes(1, 2) if layout == "nn" else plain, *told),
                 np.where(member, each, 0).sum(1),
             )
     # The first rows of each group.

@@ -69,8 +69,9 @@ def simulate(
     if c is not None:
         d[:] = c
     operands.d = Matrix.of(d)
-    spans = np.zeros((form.expected.shape[-2] + 1, 4), np.int32)
-    operands.spans = spans.ctypes.data
+    if form.form.by_id:
+        kept.append(np.zeros((form.expected.shape[-2] + 1, 4), np.int32))
+        operands.spans = kept[-1].ctypes.data
     edges = memory[:margin].tobytes(), memory[-margin:].tobytes()
     source = "few_rows.cc" if isinstance(config, FewRows) else "gemm.cc"
     num_sms = config.num_sms(dataclasses.replace(H200, num_sms=SMS))

@@ -243,8 +243,8 @@ __forceinline__ void multiply(const Params& p, Memory memory, const Part* parts,
   const bool stores = kSharers < 4 || quad_lane < 2;
   const int lane_query = query_group * kQueries + quad_lane / kSharers;
   const int lane_key = threadIdx.x % 128 / 32 * 16 + lane / 4 + (kStored == 1 ? lane % 2 * 8 : 0);
-  const int lane_head =
-      quad_lane * 2 % config.heads_abreast();  // of each heads_abreast(), and the next
+  // Of each heads_abreast(), the first of the lane's two.
+  const int lane_head = quad_lane * 2 % config.heads_abreast();
 
   Keys keys;
   keys.advance(key_group);
@@ -274,9 +274,8 @@ __forceinline__ void multiply(const Params& p, Memory memory, const Part* parts,
     const uint32_t scale_at = (p.pages ? lane_key : lane_key + part.sequence * p.keys_end % 4) * 4;
 
     const uint64_t b = tile_descriptor(memory.q(q.slot) + query_group * config.columns * kRowBytes);
-    float sum[kSets][2]
-             [2];  // of a key's even and odd heads: FMAs that need not wait for each other
-    float scale[kStored];
+    // A key's even and odd heads have sums of their own: FMAs that need not wait for each other.
+    float sum[kSets][2][2], scale[kStored];
     const auto store_sums = [&](int tile) {
 #pragma unroll
       for (int i = 0; i < kSets; ++i) {

@@ -20,7 +20,7 @@ __forceinline__ uint4 load_once(const void* address, uint64_t policy) {
   return x;
 }
 
-// Results, which the next kernel reads. Everything else leaves L2 before them, so that memory is
+// Of results, which the next kernel reads. Everything else leaves L2 before them, so that memory is
 // not kept busy by writing them at once.
 __forceinline__ void store_result(void* address, uint2 x) {
   asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(address), "r"(x.x),

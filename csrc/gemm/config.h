@@ -27,8 +27,10 @@ enum Groups {
   kAlongK,      // D[i] = A B^T over the i-th range of K
 };
 
-// How many arrays tell the groups: the id of each row's; their sizes; their starts and ends.
-constexpr int kGroupOperands[] = {0, 1, 1, 2};
+// How many arrays tell the groups: their starts and ends, or the id of each row's; their sizes.
+constexpr int group_operands(int groups, bool by_id) {
+  return groups == kDense ? 0 : groups == kMasked || by_id ? 1 : 2;
+}
 
 // Of sm90.cuh.
 struct Config {
@@ -137,10 +139,10 @@ struct Params {
   const float* a_scale;      // kBlocks, kChannels: [batch, ceil(k / 128), m]. kRows: [batch, m]
   const float* b_scale;      // kBlocks: [batch, ceil(n / 128), ceil(k / 128)]. Others as A's, of n
   void* d;                   // [batch, m, n]
-  const Span* spans;         // kContiguous: see runs.cuh
+  const Span* spans;         // kContiguous by id: see runs.cuh; null: by starts and ends
   const int* sizes;          // kMasked: the rows of each group
-  const int *starts, *ends;  // kAlongK: of each group, along K
-  int num_groups;            // kMasked, kAlongK
+  const int *starts, *ends;  // of each group, its rows, or kAlongK along K
+  int num_groups;
   int m, n, k;
   int accumulate;          // D += A B^T, otherwise D = A B^T
   int copy_engine;         // may write D: its rows are a multiple of box_n

@@ -33,8 +33,9 @@ constexpr char kOp[] = "gemm";
 
 ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(std::string_view source,
                                                      ffi::Span<const int64_t> config,
-                                                     std::string_view arch, int64_t num_sms) {
-  return jit::instantiate<GemmState>(kOp, source, config, arch, num_sms);
+                                                     std::string_view arch, int64_t num_sms,
+                                                     bool by_id) {
+  return jit::instantiate<GemmState>(kOp, source, config, arch, num_sms, by_id);
 }
 
 ffi::Error initialize(GemmState* state) {
@@ -56,7 +57,7 @@ gemm::Matrix matrix(const ffi::AnyBuffer& x) {
 // A and its scale, B and its scale, what tells the groups, and C, which lies in D's place; without
 // those that the kernel has no use for.
 gemm::Operands operands_of(const ffi::RemainingArgs& args, ffi::RemainingRets& results, int scales,
-                           int groups) {
+                           int groups, bool by_id) {
   size_t number = 0;
   const auto next = [&] { return args.get<ffi::AnyBuffer>(number++).value(); };
   gemm::Operands x = {};
@@ -64,10 +65,11 @@ gemm::Operands operands_of(const ffi::RemainingArgs& args, ffi::RemainingRets& r
   if (scales != gemm::kNoScales) x.a_scale = next().typed_data<float>();
   x.b = matrix(next());
   if (scales != gemm::kNoScales) x.b_scale = next().typed_data<float>();
-  for (int i = 0; i < gemm::kGroupOperands[groups]; ++i) x.groups[i] = next().typed_data<int>();
+  const int told = gemm::group_operands(groups, by_id);
+  for (int i = 0; i < told; ++i) x.groups[i] = next().typed_data<int>();
   x.accumulate = number < args.size();
   x.d = matrix(*results.get<ffi::AnyBuffer>(0).value());
-  if (groups == gemm::kContiguous) {
+  if (by_id) {
     auto* spans = results.get<ffi::AnyBuffer>(1).value()->untyped_data();
     x.spans = static_cast<gemm::Span*>(spans);
   }
@@ -95,7 +97,8 @@ ffi::Error execute(jit::CUstream stream, GemmState* state, ffi::RemainingArgs ar
   return jit::guarded(kOp, [&] {
     std::visit(
         [&](const auto& config) {
-          launch(config, *state, stream, operands_of(args, results, config.scales, config.groups));
+          launch(config, *state, stream,
+                 operands_of(args, results, config.scales, config.groups, state->runs != nullptr));
         },
         state->config);
   });
@@ -104,14 +107,12 @@ ffi::Error execute(jit::CUstream stream, GemmState* state, ffi::RemainingArgs ar
 }  // namespace
 
 GemmState::GemmState(std::string_view source, ffi::Span<const int64_t> ints, std::string_view arch,
-                     int64_t num_sms)
+                     int64_t num_sms, bool by_id)
     : config(config_of(source, ints)),
       num_sms(static_cast<int>(num_sms)),
       kernel(
           jit::Kernel::get({std::string(source), {ints.begin(), ints.end()}, std::string(arch)})) {
-  if (std::visit([](const auto& c) { return c.groups == gemm::kContiguous; }, config)) {
-    runs = &jit::Kernel::get({"gemm/runs.cuh", {}, std::string(arch)});
-  }
+  if (by_id) runs = &jit::Kernel::get({"gemm/runs.cuh", {}, std::string(arch)});
 }
 
 int gemm_smem_bytes(std::string_view source, const std::vector<int>& config) {
@@ -127,7 +128,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GemmInstantiate, deepgemm::instantiate,
                                   .Attr<std::string_view>("source")
                                   .Attr<ffi::Span<const int64_t>>("config")
                                   .Attr<std::string_view>("arch")
-                                  .Attr<int64_t>("num_sms"));
+                                  .Attr<int64_t>("num_sms")
+                                  .Attr<bool>("by_id"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     GemmInitialize, deepgemm::initialize,

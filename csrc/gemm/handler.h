@@ -16,10 +16,10 @@ struct GemmState {
   std::variant<gemm::Config, gemm::FewRows> config;
   int num_sms;  // that the kernel may fill
   const jit::Kernel& kernel;
-  const jit::Kernel* runs = nullptr;  // finds the groups first, where there are any among the rows
+  const jit::Kernel* runs = nullptr;  // finds the groups first, where rows are told by id
 
   GemmState(std::string_view source, xla::ffi::Span<const int64_t> config, std::string_view arch,
-            int64_t num_sms);
+            int64_t num_sms, bool by_id);
 };
 
 int gemm_smem_bytes(std::string_view source, const std::vector<int>& config);

@@ -36,7 +36,7 @@ struct Operands {
   Matrix a, b, d;
   const float *a_scale, *b_scale;
   const int* groups[2];  // see Groups
-  Span* spans;           // kContiguous: where they are to be found
+  Span* spans;           // kContiguous by id: where they are to be found, otherwise null
   bool accumulate;
 };
 

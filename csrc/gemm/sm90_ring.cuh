@@ -118,22 +118,28 @@ struct Tiles {
   }
 
   __forceinline__ bool next_span(Span& span) const {
-    if constexpr (config.groups == kContiguous) {
+    if (config.groups == kContiguous && p.spans) {
       const int at = number < 0 ? p.m + 1 + number : number;
       const int4 x = __ldg(reinterpret_cast<const int4*>(p.spans) + at);
       span = {x.x, x.y, x.z};
       return span.start < p.m;
-    } else {
-      if (number == p.num_groups) return false;
-      if constexpr (config.groups == kMasked) {
-        span = {0, min(__ldg(p.sizes + number), p.m), number};
-      } else {
-        span.start = max(__ldg(p.starts + number), 0);
-        span.end = max(min(__ldg(p.ends + number), p.k), span.start);
-        span.group = number;
-      }
-      return true;
     }
+    if (number == p.num_groups) return false;
+    if constexpr (config.groups == kMasked) {
+      span = {0, min(__ldg(p.sizes + number), p.m), number};
+    } else if (number >= 0) {
+      span.start = max(__ldg(p.starts + number), 0);
+      span.end = max(min(__ldg(p.ends + number), config.groups == kAlongK ? p.k : p.m), span.start);
+      span.group = number;
+    } else {
+      // Rows of no group are behind the last one, and before the first.
+      const bool behind = number == -1;
+      span.start = behind ? __ldg(p.ends + p.num_groups - 1) : 0;
+      span.end = behind ? p.m : __ldg(p.starts);
+      span.group = -1;
+      return number >= -2;
+    }
+    return true;
   }
 
   __forceinline__ void place(int first_row, Tile t) {

@@ -69,8 +69,7 @@ def contiguous_aligned(groups: int, expected: int, n: int, k: int) -> Case:
 def bf16_contiguous(groups: int, expected: int, n: int, k: int) -> Case:
     counts = sizes(groups, expected)
     a, b = normal(0, counts.sum(), k), normal(1, groups, n, k)
-    ids = jnp.asarray(np.repeat(np.arange(groups), counts), jnp.int32)
-    return _rows_case(grouped.m_grouped_bf16_gemm_nt_contiguous, a, b, ids, "bf16")
+    return _rows_case(grouped.m_grouped_bf16_gemm_nt_contiguous, a, b, counts, "bf16")
 
 
 def ragged_dot(groups: int, expected: int, n: int, k: int) -> Case:
@@ -136,22 +135,29 @@ def k_grouped(groups: int, m: int, n: int, expected: int) -> Case:
 
 
 def _contiguous(counts: np.ndarray, n: int, k: int, multiple: int = 1) -> Case:
-    ids = padded_ids(counts, multiple)
-    a = jax.jit(per_token_cast_to_fp8)(normal(0, len(ids), k))
+    rows = len(padded_ids(counts, multiple))
+    a = jax.jit(per_token_cast_to_fp8)(normal(0, rows, k))
     b = weights(len(counts), n, k)
     op = grouped.m_grouped_fp8_gemm_nt_contiguous
-    return _rows_case(op, a, b, jnp.asarray(ids, jnp.int32), "fp8")
+    return _rows_case(op, a, b, counts, "fp8", multiple)
 
 
-def _rows_case(op: Callable, a: Any, b: Any, ids: jax.Array, peak: str) -> Case:
+def _rows_case(
+    op: Callable, a: Any, b: Any, counts: np.ndarray, peak: str, multiple: int = 1
+) -> Case:
+    """Told the groups' sizes, or where they are filled up to a multiple, each row's group."""
     groups, n, k = b.shape
-    valid = int((ids >= 0).sum())
-    used = len(np.unique(ids[ids >= 0]))
+    ids = padded_ids(counts, multiple)
+    told = {"group_sizes": counts} if multiple == 1 else {"m_indices": ids}
+    valid, used = counts.sum(), np.count_nonzero(counts)
     return case(
-        Program(lambda a, b, ids: op(a, b, m_indices=ids), (a, b, ids)),
+        Program(
+            lambda a, b, told: op(a, b, **told),
+            (a, b, jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), told)),
+        ),
         valid * n * k,
         peak,
-        lambda result: _rows_error(result, a, b, np.asarray(ids)),
+        lambda result: _rows_error(result, a, b, ids),
         moved=nbytes(b) * used // groups + valid * (nbytes(a) // len(ids) + 2 * n),
     )
 

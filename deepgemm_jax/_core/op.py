@@ -58,6 +58,8 @@ class Op:
       composed: whether the reference is made of other ops, which look for kernels of their own.
       derivative: why there is none and what to do instead, for who asks for one.
       check: `(params, operands)`, raises for what the signature does not say.
+      alone: whether kernels are for calls that are neither divided among devices nor a batch. The
+        reference then takes those whole: it is made of other ops, which can be either.
       batched: whether reference and kernel take one batch dim in front of all arrays.
       fold: factors into which a batch may be folded, the best first.
       whole: factors that are never divided among devices.
@@ -76,6 +78,7 @@ class Op:
         derivative: str,
         kernel: Kernel | None = None,
         composed: bool = False,
+        alone: bool = False,
         limits: Mapping[str, tuple[int, int]] | None = None,
         check: Callable | None = None,
         batched: bool = False,
@@ -88,6 +91,7 @@ class Op:
         self.reference = reference
         self.kernel = kernel
         self.composed = composed
+        self.alone = alone
         self.derivative = derivative
         self.check = check
         self.divide = divide
@@ -164,9 +168,14 @@ class Op:
         has_kernel = self._has_kernel(where, params, on_gpu)
         call = self.signature.match([aval.shape for aval in ctx.avals_in], params)
         division = Division(self.signature, self.whole, ctx.avals_in, params)
-        if compat.partitioned(ctx, division.mesh):
+        function: Callable[..., Any]
+        partitioned = compat.partitioned(ctx, division.mesh)
+        explicit = compat.explicit_axes(division.mesh)
+        if self.alone and (partitioned or explicit or not self.batcher.is_plain(call)):
+            function = functools.partial(self.reference, params)
+        elif partitioned:
             function = division.by_compiler(functools.partial(self._piece, params))
-        elif compat.explicit_axes(division.mesh):
+        elif explicit:
             function = division.by_types(functools.partial(self._piece, params))
         elif not self.batcher.is_plain(call):
             function = self.batcher.plain(functools.partial(self.bind, params), call)

@@ -14,6 +14,8 @@ from . import reference
 from .config import ELEMENTS, AnyConfig, Problem, choose
 from .explain import tell
 
+DEEPGEMM_ALIGNMENT = 128  # rows, that it wants groups to be filled up to a multiple of
+
 
 @dataclasses.dataclass(frozen=True)
 class GemmParams(Params):
@@ -29,18 +31,24 @@ class Form:
     groups: str = "dense"
     a_mn_major: bool = False
     b_mn_major: bool = False
+    # Contiguous groups: rows are told by an id each, and not by each group's start and end.
+    by_id: bool = False
 
     def problem(self, params: Any, operands: Sequence[Any]) -> Problem:
         """The problem of a call: A and its scale, B and its scale, what tells the groups, C."""
         a, b = operands[0], operands[1 if self.scales == "none" else 2]
-        told = {"dense": 0, "contiguous": 1, "masked": 1, "along_k": 2}[self.groups]
+        told = {"dense": 0, "contiguous": 2 - self.by_id, "masked": 1, "along_k": 2}[self.groups]
         others = operands[2 if self.scales == "none" else 4 :]
         m, k = a.shape[-2:][:: -1 if self.a_mn_major else 1]
         n = b.shape[-1 if self.b_mn_major else -2]
         batch = a.shape[0] if a.ndim == 3 else 1
         if self.groups == "contiguous":
             batch = b.shape[0]
+            # Told by id, groups are likely to be filled up, by half of that in the mean.
+            filled_up = self.by_id and m % DEEPGEMM_ALIGNMENT == 0
             m = -(-m // batch)
+            if filled_up:
+                m = max(m - DEEPGEMM_ALIGNMENT // 2, m // 2)
         elif self.groups == "masked":
             m = min(params.expected_m or m, m)
         elif self.groups == "along_k":
@@ -71,6 +79,7 @@ class Form:
                 "config": np.array(config.integers, np.int64),
                 "arch": device.arch,
                 "num_sms": np.int64(config.num_sms(device)),
+                "by_id": self.by_id,
             }
 
         return Kernel(
@@ -87,7 +96,7 @@ class Form:
 
     def _scratch(self, operands: Sequence[Any]) -> Sequence[jax.core.ShapedArray]:
         """Where the kernel lists the runs of rows of one group."""
-        if self.groups != "contiguous":
+        if not self.by_id:
             return ()
         return (jax.core.ShapedArray((operands[0].shape[-2] + 1, 4), jnp.int32),)
 

@@ -565,13 +565,13 @@ def _out_dtype(name: str, preferred_element_type: Any) -> jnp.dtype:
 
 
 def _m_grouped_fp8(which, a, b, rows_of_groups, preferred_element_type, implementation):
-    params = op.GroupedParams(implementation, _out_dtype(which.name, preferred_element_type))
-    operands = [*unpack(which.name, "a", a), *unpack(which.name, "b", b)]
+    params = op.GroupedParams(implementation, _out_dtype(which.by_id.name, preferred_element_type))
+    operands = [*unpack(which.by_id.name, "a", a), *unpack(which.by_id.name, "b", b)]
     return _m_grouped(which, operands, operands[2], rows_of_groups, params)
 
 
 def _m_grouped_bf16(which, a, b, rows_of_groups, preferred_element_type, implementation):
-    params = op.PlainParams(implementation, _out_dtype(which.name, preferred_element_type))
+    params = op.PlainParams(implementation, _out_dtype(which.by_id.name, preferred_element_type))
     operands = [jnp.asarray(a), jnp.asarray(b)]
     return _m_grouped(which, operands, operands[1], rows_of_groups, params)
 
@@ -579,7 +579,16 @@ def _m_grouped_bf16(which, a, b, rows_of_groups, preferred_element_type, impleme
 def _m_grouped(which, operands, b, rows_of_groups, params):
     # What has no such dims is for the op to complain of.
     rows, count = (x.shape[0] if x.ndim else 0 for x in (operands[0], b))
-    return which(*operands, groups.row_ids(which.name, rows, count, *rows_of_groups), params=params)
+    m_indices, *in_order = rows_of_groups
+    name = which.by_id.name
+    groups.exactly_one(
+        name, m_indices=m_indices, group_sizes=in_order[0], group_offsets=in_order[1]
+    )
+    if m_indices is None:
+        return which.in_order(
+            *operands, *groups.row_spans(name, rows, count, *in_order), params=params
+        )
+    return which.by_id(*operands, groups.row_ids(name, rows, count, m_indices), params=params)
 
 
 def _masked(which, a, b, masked_m, zero_fill, params):

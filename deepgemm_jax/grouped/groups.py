@@ -66,18 +66,8 @@ def ids(starts: jax.Array, ends: jax.Array, rows: int) -> jax.Array:
     return jnp.where(found, group, PADDING)
 
 
-def row_ids(
-    op: str,
-    rows: int,
-    groups: int,
-    m_indices: Any,
-    group_sizes: Any,
-    group_offsets: Any,
-) -> jax.Array:
-    """The group of each row from the one spelling that is given; ValueError unless it is one."""
-    _exactly_one(op, m_indices=m_indices, group_sizes=group_sizes, group_offsets=group_offsets)
-    if m_indices is None:
-        return ids(*row_spans(op, rows, groups, group_sizes, group_offsets), rows)
+def row_ids(op: str, rows: int, groups: int, m_indices: Any) -> jax.Array:
+    """The group of each row; -1 where there is no such group."""
     m_indices = integers(op, "m_indices", m_indices, (rows,))
     # Compared before it is cast: a wide id must not become a narrow one that is in range.
     wide = _widen(m_indices)
@@ -90,7 +80,7 @@ def row_spans(
     op: str, rows: int, groups: int | None, group_sizes: Any, group_offsets: Any
 ) -> tuple[jax.Array, jax.Array]:
     """First row and end of each group from the one spelling that is given."""
-    _exactly_one(op, group_sizes=group_sizes, group_offsets=group_offsets)
+    exactly_one(op, group_sizes=group_sizes, group_offsets=group_offsets)
     if group_offsets is None:
         wanted = None if groups is None else (groups,)
         sizes = integers(op, "group_sizes", group_sizes, wanted)
@@ -124,7 +114,7 @@ def integers(op: str, name: str, x: Any, shape: tuple[int, ...] | None) -> jax.A
     return x
 
 
-def _exactly_one(op: str, **spellings: Any) -> None:
+def exactly_one(op: str, **spellings: Any) -> None:
     given = [name for name, value in spellings.items() if value is not None]
     if len(given) != 1:
         raise ValueError(

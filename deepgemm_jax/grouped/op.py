@@ -1,20 +1,22 @@
 """The declarations of the grouped GEMMs.
 
 Rows are told by the id of their group, one for each: so rows may be divided among devices and
-batches folded into rows, whoever's they are. K-grouped ones are told by the first row and the end
-of each group, for it is the groups that may be divided there.
+batches folded into rows, whoever's they are. Where neither is the case, and groups follow each
+other, the first row and the end of each group spare the kernel the search for them. K-grouped ones
+are always told so, for it is the groups that may be divided there.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from .._core.op import Op, Params
 from ..gemm.layouts import transposed
 from ..gemm.op import Form
-from . import reference
+from . import groups, reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,18 +70,37 @@ def _by_kernel(form: Form, reference) -> dict[str, Any]:
     return {"reference": reference, "kernel": form.kernel()}
 
 
-def _contiguous(name: str, a: dict, b: dict, how: dict, derivative: str, limits=None):
-    return Op(
-        name,
-        operands={**a, **b, "m_indices": "int32[m]"},
-        results={"d": "preferred_element_type[m n]"},
-        limits=limits,
-        **how,
-        derivative=derivative,
-        batched=True,
-        fold=("m", "n"),
-        whole=("g",),
-        divide=_divide_k,
+class Contiguous(NamedTuple):
+    """A product of groups of rows, in both of its spellings."""
+
+    by_id: Op  # a, b, the group of each row
+    in_order: Op  # a, b, the first row and the end of each group: they follow each other
+
+
+def _contiguous(
+    name: str, a: dict, b: dict, by_id: dict, in_order: dict, derivative: str, limits=None
+) -> Contiguous:
+    rest: dict[str, Any] = {
+        "results": {"d": "preferred_element_type[m n]"},
+        "limits": limits,
+        "derivative": derivative,
+        "batched": True,
+        "fold": ("m", "n"),
+        "whole": ("g",),
+        "divide": _divide_k,
+    }
+    told = {"m_indices": "int32[m]"}, {"starts": "int32[g]", "ends": "int32[g]"}
+    op_by_id = Op(name, operands={**a, **b, **told[0]}, **by_id, **rest)
+
+    def by_finding_ids(params, *operands):
+        *others, starts, ends = operands
+        ids = functools.partial(groups.ids, rows=others[0].shape[-2])
+        m_indices = jnp.vectorize(ids, signature="(g),(g)->(m)")(starts, ends)
+        return op_by_id.bind(params, [*others, m_indices])
+
+    in_order = {"reference": by_finding_ids, **in_order}
+    return Contiguous(
+        op_by_id, Op(name, operands={**a, **b, **told[1]}, alone=True, **in_order, **rest)
     )
 
 
@@ -120,10 +141,17 @@ A_FP8, A_BF16 = _fp8("a", "m k", "m k/128"), {"a": "bfloat16[m k]"}
 C = {"c?": "preferred_element_type[g m n]"}
 
 
+def _rows(reference: Callable, **form: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How a contiguous product in both spellings is computed."""
+    by_id, in_order = (Form(groups="contiguous", by_id=by_id, **form) for by_id in (True, False))
+    return _by_kernel(by_id, reference), {"kernel": in_order.kernel()}
+
+
 ROWS_NT, ROWS_NN = (
-    _by_kernel(
-        Form("none", "contiguous", b_mn_major=transpose_b),
+    _rows(
         functools.partial(reference.contiguous, transpose_b=transpose_b),
+        scales="none",
+        b_mn_major=transpose_b,
     )
     for transpose_b in (False, True)
 )
@@ -139,7 +167,7 @@ m_grouped_fp8_gemm_nt_contiguous = _contiguous(
     "m_grouped_fp8_gemm_nt_contiguous",
     A_FP8,
     _fp8("b", "g n k", "g n/128 k/128"),
-    _by_kernel(Form("blocks", "contiguous"), reference.fp8_contiguous),
+    *_rows(reference.fp8_contiguous, scales="blocks"),
     QUANTISED,
     LIMITS,
 )
@@ -147,7 +175,8 @@ m_grouped_fp8_gemm_nn_contiguous = _contiguous(
     "m_grouped_fp8_gemm_nn_contiguous",
     A_FP8,
     _fp8("b", "g k n", "g k/128 n/128"),
-    _by_transposing(m_grouped_fp8_gemm_nt_contiguous, 2),
+    _by_transposing(m_grouped_fp8_gemm_nt_contiguous.by_id, 2),
+    _by_transposing(m_grouped_fp8_gemm_nt_contiguous.in_order, 2),
     QUANTISED,
     LIMITS,
 )
@@ -155,7 +184,7 @@ m_grouped_bf16_gemm_nt_contiguous = _contiguous(
     "m_grouped_bf16_gemm_nt_contiguous",
     A_BF16,
     {"b": "bfloat16[g n k]"},
-    ROWS_NT,
+    *ROWS_NT,
     PLAIN,
     LIMITS,
 )
@@ -163,7 +192,7 @@ m_grouped_bf16_gemm_nn_contiguous = _contiguous(
     "m_grouped_bf16_gemm_nn_contiguous",
     A_BF16,
     {"b": "bfloat16[g k n]"},
-    ROWS_NN,
+    *ROWS_NN,
     PLAIN,
     {**LIMITS, "n": (16, 8)},
 )
@@ -219,10 +248,10 @@ k_grouped_bf16_gemm_nt_contiguous = _k_grouped(
 )
 # What ragged_dot and its gradients are made of, in any dtypes.
 ragged_nn = _contiguous(
-    "ragged_dot", {"lhs": "lhs_dtype[m k]"}, {"rhs": "rhs_dtype[g k n]"}, ROWS_NN, PLAIN
+    "ragged_dot", {"lhs": "lhs_dtype[m k]"}, {"rhs": "rhs_dtype[g k n]"}, *ROWS_NN, PLAIN
 )
 ragged_nt = _contiguous(
-    "ragged_dot_transposed", {"lhs": "lhs_dtype[m k]"}, {"rhs": "rhs_dtype[g n k]"}, ROWS_NT, PLAIN
+    "ragged_dot_transposed", {"lhs": "lhs_dtype[m k]"}, {"rhs": "rhs_dtype[g n k]"}, *ROWS_NT, PLAIN
 )
 ragged_contracting = _k_grouped(
     "ragged_dot_contracting",

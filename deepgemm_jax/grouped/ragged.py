@@ -240,9 +240,7 @@ def _ragged_dot_general(
     if all(scaled) and (which := _scaled_op(dims, lhs, rhs)):
         dtype = result.dtype if result.dtype in (jnp.bfloat16, jnp.float32) else jnp.float32
         operands = [lhs.data, lhs.scale, rhs.data, rhs.scale]
-        # With a group for each row, or the rows of each group.
-        operands += [first, last] if not dims.group else [groups.ids(first, last, lhs.shape[0])]
-        d = which(*operands, params=op.GroupedParams(implementation, dtype))
+        d = which(*operands, first, last, params=op.GroupedParams(implementation, dtype))
         return d.astype(result.dtype)
 
     lhs, rhs = (
@@ -346,8 +344,8 @@ def _scaled_op(dims: _Dims, lhs: ScaledArray, rhs: ScaledArray) -> Callable | No
     m, n, k = lhs.shape[dims.l_kept[0]], rhs.shape[dims.r_kept[0]], lhs.shape[dims.l_contract[0]]
     if dims.group == (0,) and dims.ragged == 0 and fits(lhs, 1, BLOCK):
         which = {
-            ((1,), (1,)): op.m_grouped_fp8_gemm_nn_contiguous,
-            ((1,), (2,)): op.m_grouped_fp8_gemm_nt_contiguous,
+            ((1,), (1,)): op.m_grouped_fp8_gemm_nn_contiguous.in_order,
+            ((1,), (2,)): op.m_grouped_fp8_gemm_nt_contiguous.in_order,
         }.get(contract)
         return which if fits(rhs, 1, BLOCK, BLOCK) and n >= 16 and k and k % 16 == 0 else None
     if not dims.group:
@@ -419,7 +417,7 @@ def _like(params: PlainParams, lhs: jax.Array, rhs: jax.Array, dtype: Any) -> Pl
 def _grouped(transposed, params, lhs, rhs, first, last):
     """[m, k] times [g, k, n], or [g, n, k] where `transposed`."""
     which = op.ragged_nt if transposed else op.ragged_nn
-    return which(lhs, rhs, groups.ids(first, last, lhs.shape[0]), params=params)
+    return which.in_order(lhs, rhs, first, last, params=params)
 
 
 def _grouped_forward(transposed, params, *operands):

@@ -15,7 +15,7 @@ thread_local char memory[1];  // Its address alone is asked for.
 extern "C" void run(const deepgemm::gemm::Operands* operands, int num_sms) {
   using namespace deepgemm::gemm;
   auto [params, clusters] = plan(config, num_sms, *operands);
-  if (config.groups == kContiguous) {
+  if (operands->spans) {
     sim::launch(1, kRunsThreads, 1, [&] {
       runs_kernel(operands->groups[0], params.m, params.num_groups, operands->spans);
     });
