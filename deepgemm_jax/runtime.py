@@ -219,8 +219,11 @@ def compile_variants(
 def _start_worker(directory: Path) -> subprocess.Popen:
     command = [sys.executable, "-I", "-S", _compile_worker.__file__]
     arguments = [_C.__file__, str(directory), *map(str, find_nvrtc())]
+    # NVRTC would ask the driver's own cache too, and keep there what is kept here.
+    environment = os.environ | {"CUDA_CACHE_DISABLE": "1"}
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        command + arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command + arguments, stdin=pipe, stdout=pipe, text=True, env=environment
     )
 
 

@@ -190,6 +190,7 @@ def raw_call():
         "config": np.array(config.integers, np.int64),
         "arch": device.arch,
         "num_sms": np.int64(config.num_sms(device)),
+        "by_id": False,
     }
 
     def raw_call(**changed):
