@@ -3,6 +3,7 @@
 import doctest
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import pytest
 from grouped.cases import SIZES, Form, contiguous, forms, ids, pick
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from oracles import FLOAT8, assert_close, on_each_platform, put
 
 from deepgemm_jax import m_grouped_bf16_gemm_nn_contiguous
@@ -176,6 +179,25 @@ def test_results_repeat_bit_for_bit(form):
     assert np.asarray(jitted(form)(a, b, group_sizes=sizes)).tobytes() == first
     xla = jax.jit(functools.partial(form.function, implementation="xla"))
     assert np.asarray(xla(a, b, group_sizes=sizes)).tobytes() == first
+
+
+@two
+def test_groups_in_order_need_ids_only_where_rows_are_divided_or_batched(mesh, form):
+    def by_sizes(a, b, sizes):
+        return form.function(a, b, group_sizes=sizes)
+
+    def by_id(function, *operands):
+        program = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+        return re.findall(r"by_id = (\w+)", program)
+
+    a, b = form.problem(10, M, N, K, G)
+    sizes = np.array(SIZES[0], np.int32)
+    assert by_id(by_sizes, a, b, sizes) == ["false"]
+    several = jax.tree.map(lambda x: np.stack([x, x]), (a, sizes))
+    assert by_id(jax.vmap(by_sizes, (0, None, 0)), several[0], b, several[1]) == ["true"]
+    with mesh(AxisType.Explicit):
+        a = jax.tree.map(lambda x: jax.device_put(x, P("x")), a)
+        assert by_id(by_sizes, a, b, sizes) == ["true"]
 
 
 @two
