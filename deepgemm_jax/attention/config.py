@@ -37,9 +37,9 @@ def _logits_config(
     return LogitsConfig(heads, columns, *groups, stages // groups[1] * groups[1])
 
 
-def _heads_abreast(queries: int) -> int:
-    """What the number of heads must be a multiple of for a product of so many queries: one query
-    lies as it is, two and more take turns in each eight columns."""
+def _multiple_of_heads(queries: int) -> int:
+    """What their number must be one of for a product of so many queries: two and more take turns in
+    each eight columns, one lies as it is."""
     return 1 if queries == 1 else 8 // min(queries, 4)
 
 
@@ -53,7 +53,7 @@ def choose_logits(queries: int, heads: int, device: Device) -> LogitsConfig:
     """
     filled = next(h for h in WIDTHS if heads <= h)
     widths = [
-        columns for columns in WIDTHS[filled] if heads % _heads_abreast(columns // filled) == 0
+        columns for columns in WIDTHS[filled] if heads % _multiple_of_heads(columns // filled) == 0
     ]
     for columns in widths:
         if queries * filled <= columns:

@@ -47,8 +47,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
     \sum_{k \in \text{block } h} A_{mk} B_{gnk}, \qquad g = \text{group of row } m$$
 
     where a block is 128 neighbours along K, of which the last may be fewer. Exactly one of
-    `m_indices`, `group_sizes` and `group_offsets` says which rows are whose. No group need be
-    aligned to anything.
+    `m_indices`, `group_sizes` and `group_offsets` says which rows are whose; the latter two spare a
+    search for groups among the rows. No group need be aligned to anything.
 
     Args:
       a: `ScaledArray` or tuple of data, float8_e4m3fn [M, K], and scale,
@@ -579,16 +579,16 @@ def _m_grouped_bf16(which, a, b, rows_of_groups, preferred_element_type, impleme
 def _m_grouped(which, operands, b, rows_of_groups, params):
     # What has no such dims is for the op to complain of.
     rows, count = (x.shape[0] if x.ndim else 0 for x in (operands[0], b))
-    m_indices, *in_order = rows_of_groups
+    m_indices, group_sizes, group_offsets = rows_of_groups
     name = which.by_id.name
     groups.exactly_one(
-        name, m_indices=m_indices, group_sizes=in_order[0], group_offsets=in_order[1]
+        name, m_indices=m_indices, group_sizes=group_sizes, group_offsets=group_offsets
     )
-    if m_indices is None:
-        return which.in_order(
-            *operands, *groups.row_spans(name, rows, count, *in_order), params=params
-        )
-    return which.by_id(*operands, groups.row_ids(name, rows, count, m_indices), params=params)
+    if m_indices is not None:
+        ids = groups.row_ids(name, rows, count, m_indices)
+        return which.by_id(*operands, ids, params=params)
+    spans = groups.row_spans(name, rows, count, group_sizes, group_offsets)
+    return which.in_order(*operands, *spans, params=params)
 
 
 def _masked(which, a, b, masked_m, zero_fill, params):
