@@ -26,11 +26,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from deepgemm_jax._bench.attention import BLOCK_KV, paged_lengths
-from deepgemm_jax._bench.grouped import ALIGNED, padded_ids, sizes
+from deepgemm_jax._bench.grouped import padded_ids, sizes
 from deepgemm_jax._bench.registry import BENCHMARKS
 from deepgemm_jax._bench.results import Results, gpu_slug
 from deepgemm_jax._bench.run import chosen
 from deepgemm_jax._cli.info import driver_version
+from deepgemm_jax.gemm.op import DEEPGEMM_ALIGNMENT
 
 CALLS = 30
 FLUSH_BYTES = 8 * 10**9
@@ -106,11 +107,11 @@ def bf16_gemm_nt(m, n, k):
 def contiguous(op, a, b, groups, expected, n, k):
     """Groups that are filled up with rows of none, as DeepGEMM wants them."""
     counts = sizes(groups, expected)
-    ids = padded_ids(counts, ALIGNED)
+    ids = padded_ids(counts, DEEPGEMM_ALIGNMENT)
     d = torch.empty(len(ids), n, dtype=BF16)
     return Case(
         functools.partial(op, a(len(ids), k), b(groups, n, k), d, torch.tensor(ids, dtype=INT32)),
-        note=f"m={len(ids)} valid={counts.sum()} align={ALIGNED}",
+        note=f"m={len(ids)} valid={counts.sum()} align={DEEPGEMM_ALIGNMENT}",
     )
 
 
@@ -129,7 +130,7 @@ def masked(groups, max_m, expected, n, k):
 
 def k_grouped(groups, m, n, expected):
     """Each group's matrix has its own K contiguous; their scales have M or N so."""
-    ks = sizes(groups, expected, ALIGNED).tolist()
+    ks = sizes(groups, expected, DEEPGEMM_ALIGNMENT).tolist()
 
     def operand(mn):
         data, scale = rows(mn, sum(ks))

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import grouped
+from ..gemm.op import DEEPGEMM_ALIGNMENT
 from ..quantize import per_token_cast_to_fp8, prepare_weight
 from ..scaled import ScaledArray
 from .case import Case, Program, nbytes, normal
 from .gemm import case, float64, sampled_error
 
-ALIGNED = 128  # rows, as DeepGEMM wants groups
 ZIPF = 1.2
 
 
@@ -63,7 +63,7 @@ def contiguous_skewed(groups: int, expected: int, n: int, k: int) -> Case:
 
 def contiguous_aligned(groups: int, expected: int, n: int, k: int) -> Case:
     """As DeepGEMM wants them: filled up with rows of no group."""
-    return _contiguous(sizes(groups, expected), n, k, ALIGNED)
+    return _contiguous(sizes(groups, expected), n, k, DEEPGEMM_ALIGNMENT)
 
 
 def bf16_contiguous(groups: int, expected: int, n: int, k: int) -> Case:
@@ -108,7 +108,7 @@ def masked(groups: int, rows: int, expected: int, n: int, k: int) -> Case:
 
 def k_grouped(groups: int, m: int, n: int, expected: int) -> Case:
     """In float32, added to C."""
-    counts = sizes(groups, expected, ALIGNED)
+    counts = sizes(groups, expected, DEEPGEMM_ALIGNMENT)
     a, b = (
         jax.jit(per_token_cast_to_fp8)(normal(seed, rows, counts.sum()))
         for seed, rows in ((0, m), (1, n))

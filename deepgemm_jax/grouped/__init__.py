@@ -565,13 +565,13 @@ def _out_dtype(name: str, preferred_element_type: Any) -> jnp.dtype:
 
 
 def _m_grouped_fp8(which, a, b, rows_of_groups, preferred_element_type, implementation):
-    params = op.GroupedParams(implementation, _out_dtype(which.by_id.name, preferred_element_type))
-    operands = [*unpack(which.by_id.name, "a", a), *unpack(which.by_id.name, "b", b)]
+    params = op.GroupedParams(implementation, _out_dtype(which.name, preferred_element_type))
+    operands = [*unpack(which.name, "a", a), *unpack(which.name, "b", b)]
     return _m_grouped(which, operands, operands[2], rows_of_groups, params)
 
 
 def _m_grouped_bf16(which, a, b, rows_of_groups, preferred_element_type, implementation):
-    params = op.PlainParams(implementation, _out_dtype(which.by_id.name, preferred_element_type))
+    params = op.PlainParams(implementation, _out_dtype(which.name, preferred_element_type))
     operands = [jnp.asarray(a), jnp.asarray(b)]
     return _m_grouped(which, operands, operands[1], rows_of_groups, params)
 
@@ -580,14 +580,13 @@ def _m_grouped(which, operands, b, rows_of_groups, params):
     # What has no such dims is for the op to complain of.
     rows, count = (x.shape[0] if x.ndim else 0 for x in (operands[0], b))
     m_indices, group_sizes, group_offsets = rows_of_groups
-    name = which.by_id.name
     groups.exactly_one(
-        name, m_indices=m_indices, group_sizes=group_sizes, group_offsets=group_offsets
+        which.name, m_indices=m_indices, group_sizes=group_sizes, group_offsets=group_offsets
     )
     if m_indices is not None:
-        ids = groups.row_ids(name, rows, count, m_indices)
+        ids = groups.row_ids(which.name, rows, count, m_indices)
         return which.by_id(*operands, ids, params=params)
-    spans = groups.row_spans(name, rows, count, group_sizes, group_offsets)
+    spans = groups.row_spans(which.name, rows, count, group_sizes, group_offsets)
     return which.in_order(*operands, *spans, params=params)
 
 
@@ -617,6 +616,8 @@ def _masked(which, a, b, masked_m, zero_fill, params):
 
 def _k_grouped(which, operands, axis, c, rows_of_groups, params):
     k = operands[0].shape[axis] if operands[0].ndim > axis else 0
-    spans = groups.row_spans(which.name, k, None, *rows_of_groups)
+    group_sizes, group_offsets = rows_of_groups
+    groups.exactly_one(which.name, group_sizes=group_sizes, group_offsets=group_offsets)
+    spans = groups.row_spans(which.name, k, None, group_sizes, group_offsets)
     accumulated = [] if c is None else [jnp.asarray(c)]
     return which(*operands, *spans, *accumulated, params=params)

@@ -79,8 +79,7 @@ def row_ids(op: str, rows: int, groups: int, m_indices: Any) -> jax.Array:
 def row_spans(
     op: str, rows: int, groups: int | None, group_sizes: Any, group_offsets: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """First row and end of each group from the one spelling that is given."""
-    exactly_one(op, group_sizes=group_sizes, group_offsets=group_offsets)
+    """First row and end of each group from the one spelling that is not None."""
     if group_offsets is None:
         wanted = None if groups is None else (groups,)
         sizes = integers(op, "group_sizes", group_sizes, wanted)

@@ -76,6 +76,10 @@ class Contiguous(NamedTuple):
     by_id: Op  # a, b, the group of each row
     in_order: Op  # a, b, the first row and the end of each group: they follow each other
 
+    @property
+    def name(self) -> str:
+        return self.by_id.name
+
 
 def _contiguous(
     name: str, a: dict, b: dict, by_id: dict, in_order: dict, derivative: str, limits=None
