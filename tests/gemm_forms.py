@@ -14,10 +14,11 @@ import numpy as np
 
 from deepgemm_jax._core.device import cuda_device
 from deepgemm_jax.gemm import op as dense
-from deepgemm_jax.gemm.config import candidates
+from deepgemm_jax.gemm.config import AnyConfig, candidates
 from deepgemm_jax.grouped import op as grouped
 
 M, N, K, GROUPS = 304, 320, 400, 5
+SMS = 6  # few, that each has several tiles, and slices of some at last
 BLOCKS_N, BLOCKS_K = -(-N // 128), -(-K // 128)
 # Of groups, of rows or along K: one is of several tiles and blocks, and some are left over.
 SIZES = np.array([33, 0, 1, 262, 4])
@@ -227,12 +228,14 @@ def run(form: Form, dtype: Any, c: np.ndarray | None = None, choose: Callable | 
 
 
 def every_config(form: Form, dtype: Any, c: np.ndarray | None = None) -> Iterator[tuple[Any, Any]]:
-    """Each config and the result that it gives."""
+    """Each config and the result that it gives on few multiprocessors."""
     params = dataclasses.replace(form.params, preferred_element_type=jnp.dtype(dtype))
     operands = form.operands if c is None else (*form.operands, c)
     problem = form.form.problem(params, operands)
     for config, _ in candidates(problem, cuda_device()):
-        yield config, run(form, dtype, c, lambda problem, device, config=config: config)
+        with mock.patch.object(AnyConfig, "num_sms", lambda config, device: SMS):
+            d = run(form, dtype, c, lambda problem, device, config=config: config)
+        yield config, d
 
 
 def assert_exact(form: Form, d: Any, c: np.ndarray | None = None) -> None:

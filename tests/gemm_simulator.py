@@ -6,13 +6,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from gemm_forms import Form
+from gemm_forms import SMS, Form
 from simulator_build import build
 
 from deepgemm_jax._core.device import H200
 from deepgemm_jax.gemm.config import AnyConfig, FewRows
-
-SMS = 6  # few, that each has several tiles
 
 
 class Matrix(ctypes.Structure):

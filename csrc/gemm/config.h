@@ -72,9 +72,16 @@ struct Config {
     return row % 128 == 0 ? 128 : row % 64 == 0 ? 64 : 32;
   }
   constexpr int box_n() const { return box_bytes() / out_bytes(); }
-  // Of a box of A at the end of a group of rows, which the host does not know.
+  // A dense tile may be done by so many CTAs, a consumer's rows each, where that many more have no
+  // other tile.
+  constexpr int slices() const {
+    return groups == kDense && cluster_m == 1 && block_m == 64 * consumers ? consumers : 1;
+  }
+  // Of a box of A at the end of a group of rows, which the host does not know, or of a slice.
   constexpr int edge_rows() const {
-    return groups == kContiguous || groups == kMasked ? block_m / cluster_n / 4 : 0;
+    return groups == kContiguous || groups == kMasked ? block_m / cluster_n / 4
+           : slices() > 1                             ? 32
+                                                      : 0;
   }
   constexpr int stage_bytes() const { return a_bytes() + b_bytes() + scale_bytes(); }
   // What is told of so many tiles: of those that begin in the slots and the one that is being
@@ -134,7 +141,7 @@ constexpr int kRunsThreads = 1024;  // of the kernel that finds the spans of row
 
 struct Params {
   TensorMap a, b;
-  TensorMap a_edge, b_edge;  // in boxes of what is left over of whole ones, or of edge_rows()
+  TensorMap a_edge, b_edge;  // in boxes of what is left over of whole ones, A's or of edge_rows()
   TensorMap store;           // sm90.cuh: D in boxes of a warp's 16 rows, if `copy_engine`
   const float* a_scale;      // kBlocks, kChannels: [batch, ceil(k / 128), m]. kRows: [batch, m]
   const float* b_scale;      // kBlocks: [batch, ceil(n / 128), ceil(k / 128)]. Others as A's, of n
@@ -150,6 +157,9 @@ struct Params {
   int leave_first;         // B's tiles that are read once leave L2 before anything else
   int blocks_n, blocks_k;  // blocks of 128 or block_k, the last one perhaps partial
   TileOrder order;         // over clusters' tiles, of one group if there are groups
+  int first_slice;         // kDense: in that order, tiles from here on are done in slices
+
+  constexpr bool sliced() const { return first_slice < order.count(); }
 };
 
 }  // namespace deepgemm::gemm

@@ -71,8 +71,6 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   p.a = operand(x.a, config.a_mn_major, a_rows);
   p.b = operand(x.b, config.b_mn_major, b_rows);
   const bool contiguous = config.groups == kContiguous;
-  const int edge_rows = config.edge_rows() ? config.edge_rows() : left_over(x.d.rows, a_rows);
-  p.a_edge = operand(x.a, config.a_mn_major, edge_rows);
   p.b_edge = operand(x.b, config.b_mn_major, left_over(x.d.columns, b_rows));
   p.accumulate = x.accumulate;
   // Of masked groups few rows are written, whatever the room for them.
@@ -98,7 +96,15 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   const int columns = ceil_div(p.n, config.block_n * config.cluster_n);
   const int64_t tiles =
       int64_t{columns} * (contiguous ? rows + p.num_groups : int64_t{rows} * p.num_groups);
-  const int clusters = std::min<int64_t>(num_sms / config.cluster(), tiles);
+  int clusters = std::min<int64_t>(num_sms / config.cluster(), tiles);
+  bool sliced = false;
+  if (config.groups == kDense) {
+    // The last round in slices, if that gives no cluster two of them; otherwise no more clusters
+    // than it takes for as many rounds, which leaves the others more of the power.
+    const int count = tiles, last_round = count % clusters;
+    sliced = config.slices() > 1 && last_round > 0 && last_round * config.slices() <= clusters;
+    if (!sliced) clusters = ceil_div(count, ceil_div(count, clusters));
+  }
   // The tiles that run at once should cover a square of D, counted by what CTAs load: those that
   // share a tile load a part each.
   const double wide = config.block_n * config.cluster_n / config.cluster_m;
@@ -106,6 +112,10 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   const int band = std::lround(std::sqrt(clusters * wide / high));
   p.order = TileOrder::of(rows, columns, config.groups == kDense ? p.num_groups : 1,
                           std::clamp(band, 1, rows));
+  p.first_slice = p.order.count() - (sliced ? p.order.count() % clusters : 0);
+  const bool boxes = config.edge_rows() && (config.groups != kDense || p.sliced());
+  p.a_edge =
+      operand(x.a, config.a_mn_major, boxes ? config.edge_rows() : left_over(x.d.rows, a_rows));
   return {p, clusters};
 }
 

@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     prefetch(&params.a);
     prefetch(&params.b);
     for (; ring.parity == 0; ring.advance()) {
-      barrier_init(ring.full(), 1 + kScaleWarps);
+      barrier_init(ring.full(), config.scales == kNoScales ? 1 : 1 + kScaleWarps);
       barrier_init(ring.empty(), config.cluster() * config.consumers * 4);  // each consumer warp
     }
     ring.parity = 0;
@@ -61,13 +61,15 @@ extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     if constexpr (kMoveRegisters) shrink_registers<kProducerRegisters>();
     if (warp % 4 == 0) {
       if (elect_one()) copy_tiles(params, ring);
-    } else if (warp % 4 <= kScaleWarps) {
+    } else if (config.scales != kNoScales && warp % 4 <= kScaleWarps) {
       const int thread = threadIdx.x % 128 - 32;
-      if constexpr (config.scales == kChannels) {
+      if constexpr (config.scales == kBlocks) {
+        copy_scales<LaneScales>(params, ring, thread);
+      } else if constexpr (config.scales == kRows) {
+        copy_scales<LaneRows>(params, ring, thread);
+      } else if constexpr (config.scales == kChannels) {
         LaneFactors::clear(ring, thread);
         copy_scales<LaneFactors>(params, ring, thread);
-      } else {
-        copy_scales<LaneScales>(params, ring, thread);
       }
     }
   } else {

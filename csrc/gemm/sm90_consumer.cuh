@@ -114,10 +114,23 @@ __forceinline__ void cut(const Ring& ring, uint32_t tile, int i) {
   named_barrier(1, config.consumers * 128);
 }
 
-// How many blocks the tile has, which is told with its first slot; 0 at the end.
+// How many blocks the tile has, which is told with its first slot; 0 at the end, negative if this
+// consumer has no part in them.
 __forceinline__ int begin_tile(Reader& reader, int tile) {
   reader.wait();
-  return uniform(load_shared_int(reader.ring.tile(tile) + 16));
+  const int blocks = uniform(load_shared_int(reader.ring.tile(tile) + 16));
+  return config.slices() > 1 && reader.first_row == 0 ? abs(blocks) : blocks;
+}
+
+// Passes over the last tile's blocks.
+__forceinline__ void pass(Reader& reader, int blocks) {
+  if constexpr (config.slices() > 1) {
+    for (int i = 0; i < blocks; ++i) {
+      reader.wait();
+      release(reader.ring);
+      reader.advance();
+    }
+  }
 }
 
 __forceinline__ void cut_ends(Reader& reader, int tile, int i, int blocks) {
@@ -243,9 +256,8 @@ __forceinline__ void store(const Params& p, const Sum& sum, const Ring& ring, in
 __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
   const int warp_row = reader.first_row + threadIdx.x % 128 / 32 * 16;
   Part part;
-  for (int tile = 0;; tile = next_tile(tile)) {
-    const int blocks = begin_tile(reader, tile);
-    if (blocks == 0) break;
+  int blocks;
+  for (int tile = 0; (blocks = begin_tile(reader, tile)) > 0; tile = next_tile(tile)) {
     // Zeroed while the first product runs, but of two waves: for these the branch costs more.
     Sum sum;
     if constexpr (kWaves > 1) {
@@ -296,6 +308,7 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
     }
     store(p, sum, reader.ring, tile, warp_row);
   }
+  pass(reader, -blocks);
 }
 
 // Without scales of blocks: a block's product runs while the one before it retires. Those of
@@ -313,9 +326,8 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
     for (int w = 0; w < kWaves; ++w) pin(sum[w]);
     if constexpr (promotes) pin(part);
   };
-  for (int tile = 0;; tile = next_tile(tile)) {
-    const int blocks = begin_tile(reader, tile);
-    if (blocks == 0) break;
+  int blocks;
+  for (int tile = 0; (blocks = begin_tile(reader, tile)) > 0; tile = next_tile(tile)) {
     Ring before = reader.ring;
     if (promotes) clear(sum[0]);
     pin_all();
@@ -349,6 +361,7 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
     release(before);
     store(p, sum, reader.ring, tile, warp_row);
   }
+  pass(reader, -blocks);
 }
 
 __forceinline__ void consume(const Params& p, Ring ring, int consumer) {

@@ -10,7 +10,7 @@ namespace deepgemm::gemm {
 constexpr Config config{CONFIG};
 
 constexpr int kScalesPerRow = config.scales_per_row();
-constexpr int kScaleWarps = config.scale_bytes() ? 2 : 0;
+constexpr int kScaleWarps = 2;  // if there are scales
 
 // Where things are in shared memory: slots of A, of B, D on its way out, slots of scales, barriers.
 // A position in the ring is a slot, and the parity of how often the ring has gone round.
@@ -61,7 +61,8 @@ struct Tiles {
   int m_end;           // first row that is not the tile's to write
   int k0, k_end;       // elements along K
   int a_batch, b_batch, d_batch;
-  bool b_once;  // no other rows are multiplied with the tile's B
+  bool b_once;         // no other rows are multiplied with the tile's B
+  bool slice = false;  // of a tile: the first consumer's part. There is no tile behind it
   bool done;
 
   __forceinline__ explicit Tiles(const Params& p) : p(p), index(blockIdx.x / config.cluster()) {
@@ -76,12 +77,24 @@ struct Tiles {
     m_end = p.m;
     int rows = p.order.rows;
     if constexpr (config.groups == kDense) {
-      done = index >= p.order.count();
+      int part = 0, at = index;
+      if constexpr (config.slices() > 1) {
+        slice = index >= p.first_slice;
+        if (slice) {
+          part = (index - p.first_slice) % config.slices();
+          at = p.first_slice + (index - p.first_slice) / config.slices();
+        }
+      }
+      done = at >= p.order.count();
       if (done) return;
-      const Tile t = p.order(index);
+      const Tile t = p.order(at);
       k_end = p.k;
       a_batch = b_batch = d_batch = t.batch;
-      place(0, t);
+      place(part * 64, t);
+      if (slice) {
+        m_end = min(m0 + 64, p.m);
+        done = m0 >= m_end;
+      }
     } else {
       Span span;
       int count;
@@ -152,8 +165,8 @@ struct Tiles {
     locate();
   }
 
-  // The first row of A that is not loaded. Behind a masked group's last one there is nothing.
-  __forceinline__ int a_end() const { return config.groups == kMasked ? m_end : p.m; }
+  // The first row of A that is not loaded. Behind a contiguous group's last one others follow.
+  __forceinline__ int a_end() const { return config.groups == kContiguous ? p.m : m_end; }
 
   // Blocks of K, counted from K's beginning wherever the group's is. There is one at least: where
   // nothing is to be added up, of zeros, which lie behind K's end or are cut out.

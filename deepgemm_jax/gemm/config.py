@@ -207,15 +207,21 @@ class Tile:
     rows: float = 0.95  # times a block's cost, if scales are the same for all of K
     groups: float = 1.0  # times a block's cost, if there are groups of rows
 
+    @property
+    def slices(self) -> int:
+        """In so many a tile of the last round may be divided, a consumer's rows each."""
+        whole = self.cluster_m == 1 and self.block_m == 64 * self.consumers
+        return self.consumers if whole else 1
+
 
 FP8_TILES = (
-    Tile(256, 128, 2, 1, 2, 0.717, 0.92, groups=1.02),
-    Tile(192, 128, 3, 1, 2, 0.536, 0.54, groups=1.05),
-    Tile(128, 192, 2, 1, 1, 0.551, 0.61, 0.91),
-    Tile(128, 160, 2, 1, 1, 0.479, 0.53),
-    Tile(128, 128, 2, 1, 1, 0.391, 0.29),
+    Tile(256, 128, 2, 1, 2, 0.717, 0.90, groups=1.02),
+    Tile(192, 128, 3, 1, 2, 0.532, 0.48, 0.97, 1.037),
+    Tile(128, 192, 2, 1, 1, 0.554, 0.57, 0.91),
+    Tile(128, 160, 2, 1, 1, 0.487, 0.47),
+    Tile(128, 128, 2, 1, 1, 0.397, 0.28),
     Tile(128, 64, 2, 1, 1, 0.238, 0.83),
-    Tile(64, 128, 1, 1, 1, 0.260, 0.30),
+    Tile(64, 128, 1, 1, 1, 0.262, 0.32),
     Tile(64, 64, 1, 1, 1, 0.157, 0.41),
 )
 BF16_TILES = (
@@ -226,9 +232,9 @@ BF16_TILES = (
 # Not for groups, which fill the GPU without those for small problems and odd widths, and are faster
 # where a pair shares A.
 DENSE_FP8_TILES = (
-    Tile(192, 128, 3, 1, 1, 0.542, 0.51),
-    Tile(192, 96, 3, 1, 1, 0.461, 0.44),
-    Tile(128, 144, 2, 1, 1, 0.452, 0.92),
+    Tile(192, 128, 3, 1, 1, 0.540, 0.54, 0.97),
+    Tile(192, 96, 3, 1, 1, 0.513, 0.32),
+    Tile(128, 144, 2, 1, 1, 0.440, 1.38),
     Tile(128, 32, 2, 1, 1, 0.167, 0.5),
     Tile(64, 32, 1, 1, 1, 0.132, 0.6),
     Tile(64, 16, 1, 1, 1, 0.115, 0.6),
@@ -238,8 +244,10 @@ DENSE_BF16_TILES = (
     Tile(64, 64, 1, 1, 1, 0.180, 0.8),
 )
 CHANNELS = 1.2  # times a block's cost, if there is a scale for each column
+# Of a round, what one of slices takes, if scales are of blocks or the same for all of K.
+SLICED = {"blocks": {2: 0.82, 3: 0.68}, "rows": {2: 0.68, 3: 0.6}}
 LAUNCH_US = 3.4  # until the first bytes are there
-CLUSTER_US = 0.3  # until the CTAs of a cluster have found each other
+CLUSTER_US = 0.6  # until the CTAs of a cluster have found each other
 BYTES_PER_US = 4.1e6  # of device memory
 # Tiles that so few rows of A leave nearly empty read B no faster than that.
 FEW, FEW_BYTES_PER_US = 32, 2.6e6
@@ -350,7 +358,10 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
         again = tiles.mean() - problem.batch
         moved += AGAIN * again * problem.n * _row_bytes(problem)
     else:
-        rounds = math.ceil(problem.batch * math.ceil(rows) * columns / at_once)
+        rounds, rest = divmod(problem.batch * math.ceil(rows) * columns, at_once)
+        if rest:
+            sliced = rounds and rest * tile.slices <= at_once
+            rounds += SLICED.get(problem.scales, {}).get(tile.slices, 1) if sliced else 1
     blocks = math.ceil(problem.k / problem.block_k)
     block_us = tile.block_us * {"channels": CHANNELS, "rows": tile.rows}.get(problem.scales, 1)
     if grouped:

@@ -27,6 +27,8 @@ BY_NAME = {form.name: form for form in FORMS}
         ("rows float8_e4m3fn", jnp.bfloat16, (192, 128), False),
         ("bf16 nt", jnp.float32, (128, 256), False),
         ("bf16 tn", jnp.bfloat16, (128, 256), False),
+        ("bf16 nt", jnp.bfloat16, (128, 128), True),
+        ("bf16 tn", jnp.float32, (128, 128), False),
         ("contiguous sorted", jnp.bfloat16, (192, 128), False),
         ("contiguous shuffled", jnp.float32, (64, 64), False),
         ("contiguous padded", jnp.bfloat16, (256, 128), False),
