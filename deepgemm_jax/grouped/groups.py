@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._core import sums
 from .._core.op import logger
 
 PADDING = -1  # the id of a row of no group
@@ -30,9 +31,7 @@ def spans(sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     A negative size counts as 0. Where the sizes add up to more than there are rows, the groups end
     with the rows.
     """
-    sizes = clamp(sizes, rows)
-    # The sum of all may not fit int32; where it is cut, no later sum does harm.
-    ends = jax.lax.associative_scan(lambda x, y: jnp.minimum(x + y, rows), sizes, axis=-1)
+    ends = sums.ends(clamp(sizes, rows), rows)
     return jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], -1), ends
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._core import sums
 from ..scaled import BLOCK, round_up_to_power_of_two
 
 # The least normal float32. No scale is smaller, so that scale and reciprocal are exact in what
@@ -95,8 +96,7 @@ def per_block_cast_both_ways(params, x):
 
 def rows_of_groups(sizes: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
     """The first row of each group, and its number of rows: no group reaches past the last of M."""
-    # Sums that pass 2³¹ would come round; each size alone is cut to M first, and sums with it.
-    ends = jax.lax.associative_scan(lambda x, y: jnp.minimum(x + y, m), jnp.clip(sizes, 0, m))
+    ends = sums.ends(jnp.clip(sizes, 0, m), m)
     sizes = jnp.diff(ends, prepend=0)
     return ends - sizes, sizes
 
