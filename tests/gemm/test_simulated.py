@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from gemm_forms import FORMS, assert_exact
 from gemm_simulator import simulate
+from simulator_build import build
 
 from deepgemm_jax._core.device import H200
-from deepgemm_jax.gemm.config import candidates
+from deepgemm_jax.gemm.config import Problem, candidates
 
 BY_NAME = {form.name: form for form in FORMS}
 
@@ -65,14 +66,36 @@ def test_simulated_kernel_for_few_rows(name, dtype, tile, add, tmp_path):
     check(BY_NAME[name], dtype, shape, add, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "tile", [(256, 128, 2), (192, 128, 2), (128, 192, 1), (64, 64, 1)], ids=str
+)
+def test_each_element_is_one_tiles(tile, tmp_path):
+    """Where the last round is divided, too, and where some multiprocessors stay idle."""
+    problem = Problem(m=999, n=999, k=999, batch=1, out_dtype=jnp.bfloat16, accumulate=False)
+    shape = dict(zip(("block_m", "block_n", "cluster_n"), tile, strict=True))
+    config = config_of_shape(problem, shape)
+    walk = build("tiles.cc", config.integers, tmp_path).run
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        batch, m, n, sms = (int(rng.integers(1, most)) for most in (3, 900, 900, 40))
+        times = np.zeros((batch, m, n), np.intc)
+        walk(*times.shape, 128, max(sms, tile[2]), times.ctypes)
+        assert (times == 1).all(), (batch, m, n, sms)
+
+
 def check(form, dtype, shape, add, tmp_path):
     params = dataclasses.replace(form.params, preferred_element_type=jnp.dtype(dtype))
-    config, *_ = (
-        config
-        for config, _ in candidates(form.form.problem(params, form.operands), H200)
-        if shape.items() <= dataclasses.asdict(config).items()
-    )
+    config = config_of_shape(form.form.problem(params, form.operands), shape)
     c = None
     if add:
         c = np.random.default_rng(1).integers(-9, 9, form.expected.shape).astype(dtype)
     assert_exact(form, simulate(form, config, tmp_path, c), c)
+
+
+def config_of_shape(problem, shape):
+    """The likeliest with these integers."""
+    return next(
+        config
+        for config, _ in candidates(problem, H200)
+        if shape.items() <= dataclasses.asdict(config).items()
+    )
