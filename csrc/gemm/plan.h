@@ -96,14 +96,16 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   const int columns = ceil_div(p.n, config.block_n * config.cluster_n);
   const int64_t tiles =
       int64_t{columns} * (contiguous ? rows + p.num_groups : int64_t{rows} * p.num_groups);
-  int clusters = std::min<int64_t>(num_sms / config.cluster(), tiles);
-  bool sliced = false;
+  int clusters = std::min<int64_t>(num_sms / config.cluster(), tiles), in_slices = 0;
   if (config.groups == kDense) {
     // The last round in slices, if that gives no cluster two of them; otherwise no more clusters
     // than it takes for as many rounds, which leaves the others more of the power.
     const int count = tiles, last_round = count % clusters;
-    sliced = config.slices() > 1 && last_round > 0 && last_round * config.slices() <= clusters;
-    if (!sliced) clusters = ceil_div(count, ceil_div(count, clusters));
+    if (config.slices() > 1 && last_round * config.slices() <= clusters) {
+      in_slices = last_round;
+    } else {
+      clusters = ceil_div(count, ceil_div(count, clusters));
+    }
   }
   // The tiles that run at once should cover a square of D, counted by what CTAs load: those that
   // share a tile load a part each.
@@ -112,7 +114,7 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   const int band = std::lround(std::sqrt(clusters * wide / high));
   p.order = TileOrder::of(rows, columns, config.groups == kDense ? p.num_groups : 1,
                           std::clamp(band, 1, rows));
-  p.first_slice = p.order.count() - (sliced ? p.order.count() % clusters : 0);
+  p.first_slice = p.order.count() - in_slices;
   const bool boxes = config.edge_rows() && (config.groups != kDense || p.sliced());
   p.a_edge =
       operand(x.a, config.a_mn_major, boxes ? config.edge_rows() : left_over(x.d.rows, a_rows));
