@@ -31,7 +31,6 @@ class Operands(ctypes.Structure):
         ("b_scale", ctypes.c_void_p),
         ("groups", ctypes.c_void_p * 2),
         ("spans", ctypes.c_void_p),
-        ("accumulate", ctypes.c_bool),
     ]
 
 
@@ -39,7 +38,7 @@ def simulate(
     form: Form, config: AnyConfig, folder: Path, c: np.ndarray | None = None
 ) -> np.ndarray:
     """What the kernel makes of the form's operands."""
-    operands = Operands(accumulate=c is not None)
+    operands = Operands()
     kept = []  # until the kernel has run
 
     def laid_out(array, x) -> np.ndarray:

@@ -39,15 +39,10 @@ __forceinline__ void barrier_arrive_expect(uint32_t barrier, int bytes) {
                : "memory");
 }
 
-// Arrives on the barrier at this address in another CTA of the cluster. It carries no data between
-// the CTAs, so it is not a release at cluster scope, which would drain every store first.
-__forceinline__ void barrier_arrive_at(uint32_t barrier, int cta_rank) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-      "r"(cta_rank)
-      : "memory");
+// Arrives on a barrier of any CTA of the cluster (see at_cta). It carries no data between the CTAs,
+// so it is not a release at cluster scope, which would drain every store first.
+__forceinline__ void barrier_arrive_at(uint32_t remote) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
 
 // Whether the phase of this parity is over; does not wait.
@@ -278,6 +273,12 @@ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
 
 // The value of lane 0, which the compiler then knows to be the same in the whole warp.
 __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffff, x, 0); }
+
+// x, but the compiler does not know how it was found, and so cannot find it anew in every loop.
+__forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 __forceinline__ int cluster_rank() {
   uint32_t rank;

@@ -24,6 +24,12 @@ __forceinline__ uint64_t tile_descriptor(uint32_t shared, uint32_t box_bytes = 0
   return swizzle_128b | eight_rows | static_cast<uint64_t>(box_bytes >> 4) << 16 | in_cta >> 4;
 }
 
+// The same of rows of 32 bytes, with the 32-byte swizzle, K-major; it starts at a multiple of 256.
+__forceinline__ uint64_t narrow_tile_descriptor(uint32_t shared) {
+  constexpr uint64_t swizzle_32b = 3ull << 62, eight_rows = (256ull >> 4) << 32;
+  return swizzle_32b | eight_rows | (shared & 0x3ffff) >> 4;
+}
+
 __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __forceinline__ void wgmma_commit() {

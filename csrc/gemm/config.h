@@ -9,9 +9,7 @@ namespace deepgemm::gemm {
 constexpr int kRowBytes = 128;  // of an operand's tile along its contiguous dim: a swizzled row
 constexpr int kTileBytes = 32;  // that tell where a tile lies
 constexpr int kStagedBytes = 1 << 16;  // of a tile of D in shared memory, at most
-// kChannels: scales are an operand in bfloat16, MN-major, of so many rows of M or N and of 16 of K.
-constexpr int kFactorRows = 64;
-constexpr int kFactorBytes = 16 * kRowBytes;
+constexpr int kFactorBytes = 32;       // kChannels: a row's scale is 16 bfloat16 of an operand
 
 enum Scales {
   kNoScales,  // D = A B^T
@@ -41,6 +39,7 @@ struct Config {
   int cluster_m;               // CTAs along M that share one load of B
   int cluster_n;               // CTAs along N that share one load of A
   int out_float32;             // D is float32, otherwise bfloat16
+  int accumulate;              // D += A B^T, otherwise D = A B^T
   int a_type, b_type;          // Element: both of 8 bits or both of 16
   int a_mn_major, b_mn_major;  // rows, not K, are contiguous: of bfloat16 alone
   int scales;                  // Scales
@@ -57,7 +56,7 @@ struct Config {
   constexpr int scale_bytes() const {
     return scales == kNoScales   ? 0
            : scales == kBlocks   ? block_m * scales_per_row() * 4
-           : scales == kChannels ? (block_m + block_n) / kFactorRows * kFactorBytes
+           : scales == kChannels ? (block_m + block_n) * kFactorBytes
                                  : (block_m + block_n) * 4;
   }
   // D leaves through shared memory and the copy engine, so that the next tile need not wait for it,
@@ -100,6 +99,7 @@ struct FewRows {
   int stages;          // depth of the ring between the copy engine and the tensor cores
   int split;           // CTAs of a cluster that divide K
   int out_float32;     // D is float32, otherwise bfloat16
+  int accumulate;      // D += A B^T, otherwise D = A B^T
   int a_type, b_type;  // Element: both of 8 bits or both of 16
   int scales;          // kNoScales or kBlocks
 
@@ -151,7 +151,6 @@ struct Params {
   const int *starts, *ends;  // of each group, its rows, or kAlongK along K
   int num_groups;
   int m, n, k;
-  int accumulate;          // D += A B^T, otherwise D = A B^T
   int copy_engine;         // may write D: its rows are a multiple of box_n
   int keep_d;              // D, which the next kernel reads, leaves L2 after anything else
   int leave_first;         // B's tiles that are read once leave L2 before anything else
@@ -159,7 +158,10 @@ struct Params {
   TileOrder order;         // over clusters' tiles, of one group if there are groups
   int first_slice;         // kDense: in that order, tiles from here on are done in slices
 
-  constexpr bool sliced() const { return first_slice < order.count(); }
+  // Whether what is left of A at its end, or at a group's, comes in boxes of edge_rows().
+  constexpr bool a_edge_in_boxes(const Config& config) const {
+    return config.edge_rows() && (config.groups != kDense || first_slice < order.count());
+  }
 };
 
 }  // namespace deepgemm::gemm

@@ -67,7 +67,6 @@ gemm::Operands operands_of(const ffi::RemainingArgs& args, ffi::RemainingRets& r
   if (scales != gemm::kNoScales) x.b_scale = next().typed_data<float>();
   const int told = gemm::group_operands(groups, by_id);
   for (int i = 0; i < told; ++i) x.groups[i] = next().typed_data<int>();
-  x.accumulate = number < args.size();
   x.d = matrix(*results.get<ffi::AnyBuffer>(0).value());
   if (by_id) {
     auto* spans = results.get<ffi::AnyBuffer>(1).value()->untyped_data();

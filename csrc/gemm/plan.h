@@ -37,7 +37,6 @@ struct Operands {
   const float *a_scale, *b_scale;
   const int* groups[2];  // see Groups
   Span* spans;           // kContiguous by id: where they are to be found, otherwise null
-  bool accumulate;
 };
 
 struct Plan {
@@ -72,7 +71,6 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   p.b = operand(x.b, config.b_mn_major, b_rows);
   const bool contiguous = config.groups == kContiguous;
   p.b_edge = operand(x.b, config.b_mn_major, left_over(x.d.columns, b_rows));
-  p.accumulate = x.accumulate;
   // Of masked groups few rows are written, whatever the room for them.
   p.keep_d = config.groups == kMasked || l2_may_hold(x.d.count() * config.out_bytes());
   p.leave_first = l2_may_hold(x.b.count() * config.element_bytes());
@@ -115,9 +113,8 @@ inline Plan plan(const Config& config, int num_sms, const Operands& x) {
   p.order = TileOrder::of(rows, columns, config.groups == kDense ? p.num_groups : 1,
                           std::clamp(band, 1, rows));
   p.first_slice = p.order.count() - in_slices;
-  const bool boxes = config.edge_rows() && (config.groups != kDense || p.sliced());
-  p.a_edge =
-      operand(x.a, config.a_mn_major, boxes ? config.edge_rows() : left_over(x.d.rows, a_rows));
+  p.a_edge = operand(x.a, config.a_mn_major,
+                     p.a_edge_in_boxes(config) ? config.edge_rows() : left_over(x.d.rows, a_rows));
   return {p, clusters};
 }
 
@@ -130,7 +127,6 @@ inline Plan plan(const FewRows& config, int num_sms, const Operands& x) {
   p.b = operand(x.b, config.block_n());
   p.a_edge = operand(x.a, left_over(x.d.rows, config.block_m));
   p.b_edge = operand(x.b, left_over(x.d.columns, config.block_n()));
-  p.accumulate = x.accumulate;
   p.a_scale = x.a_scale;
   p.b_scale = x.b_scale;
   p.d = x.d.data;

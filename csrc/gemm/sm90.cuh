@@ -35,17 +35,16 @@ constexpr bool kMoveRegisters = config.consumers > 1;
 extern "C" __global__ void __launch_bounds__(config.threads(), 1)
     kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) char memory[];
-  Ring ring{uniform(shared_address(memory))};
+  const Ring ring(uniform(shared_address(memory)));
   const int warp = uniform(threadIdx.x / 32);
 
   if (warp == 0 && elect_one()) {
     prefetch(&params.a);
     prefetch(&params.b);
-    for (; ring.parity == 0; ring.advance()) {
-      barrier_init(ring.full(), config.scales == kNoScales ? 1 : 1 + kScaleWarps);
-      barrier_init(ring.empty(), config.cluster() * config.consumers * 4);  // each consumer warp
+    for (Ring slot = ring; slot.parity == 0; slot.advance()) {
+      barrier_init(slot.full(), config.scales == kNoScales ? 1 : 1 + kScaleWarps);
+      barrier_init(slot.empty(), config.cluster() * config.consumers * 4);  // each consumer warp
     }
-    ring.parity = 0;
     fence_barrier_init();
   }
   if constexpr (config.cluster() > 1) {

@@ -15,24 +15,61 @@ using Out = OutType<config.out_float32>::type;
 using Part = float[config.block_n / 2];
 using Sum = Part[kWaves];
 
+// Describes what a consumer multiplies of one operand, so many bytes from slot to slot. The lower
+// word of a descriptor counts 16 of them as one.
+template <int bytes>
+struct Operand {
+  uint64_t upper;
+  InSlots<bytes / 16> lower;
+
+  __forceinline__ Operand(const Ring& slot, uint64_t here)
+      : upper(here >> 32 << 32), lower(slot.at, here) {}
+
+  __forceinline__ uint64_t in(const Ring& slot) const { return upper | opaque(lower.of(slot.at)); }
+};
+
 // One consumer's view of the ring.
 struct Reader {
+  static constexpr int kBox = kRowBytes * config.block_k();
+
   Ring ring;
   int first_row;  // of this consumer in the tile
+  Operand<config.a_bytes()> all_a;
+  Operand<config.b_bytes()> all_b;
+  Operand<config.scale_bytes()> all_a_factors, all_b_factors;
+  uint32_t to_cta = 0;  // from a barrier here to that of the CTA that this lane tells
   bool ready;
   uint64_t a, b;
   uint64_t a_factors, b_factors;  // kChannels
 
-  // What the next block's product needs is looked up before the previous one is promoted, off the
-  // path from one product to the next.
-  __forceinline__ void look_ahead() {
-    constexpr int box = kRowBytes * config.block_k();
-    ready = barrier_test(ring.full(), ring.parity);
-    a = tile_descriptor(ring.a() + first_row * kRowBytes, config.a_mn_major ? box : 0);
-    b = tile_descriptor(ring.b(), config.b_mn_major ? box : 0);
+  __forceinline__ Reader(const Ring& ring, int consumer)
+      : ring(ring),
+        first_row(consumer * kConsumerRows),
+        all_a(ring, tile_descriptor(ring.a() + first_row * kRowBytes, config.a_mn_major * kBox)),
+        all_b(ring, tile_descriptor(ring.b(), config.b_mn_major * kBox)),
+        all_a_factors(ring, narrow_tile_descriptor(ring.factors(first_row))),
+        all_b_factors(ring, narrow_tile_descriptor(ring.factors(config.block_m))) {
+    if (config.cluster() > 1) to_cta = at_cta(ring.at, threadIdx.x % config.cluster()) - ring.at;
+    find();
+    test();
+  }
+
+  // What the next block's product needs is looked up off the path from one product to the next:
+  // where its operands are while the last product runs, whether they are there before it is
+  // promoted.
+  __forceinline__ void advance() {
+    ring.advance();
+    ready = false;
+    find();
+  }
+  __forceinline__ void test() { ready = barrier_test(ring.full(), ring.parity); }
+
+  __forceinline__ void find() {
+    a = all_a.in(ring);
+    b = all_b.in(ring);
     if constexpr (config.scales == kChannels) {
-      a_factors = tile_descriptor(ring.factors(first_row), kFactorBytes);
-      b_factors = tile_descriptor(ring.factors(config.block_m), kFactorBytes);
+      a_factors = all_a_factors.in(ring);
+      b_factors = all_b_factors.in(ring);
     }
   }
 
@@ -48,16 +85,21 @@ struct Reader {
     ready = true;
   }
 
-  __forceinline__ void advance() {
-    ring.advance();
-    look_ahead();
+  __forceinline__ void release(const Ring& slot) const {
+    __syncwarp();
+    if (threadIdx.x % 32 >= config.cluster()) return;
+    if constexpr (config.cluster() == 1) {
+      barrier_arrive(slot.empty());
+    } else {
+      barrier_arrive_at(slot.empty() + to_cta);
+    }
   }
 
   // Starts the product of a wave's scales: what its elements are to be multiplied by.
   __forceinline__ void factor_product(Part& d, int wave) const {
     wgmma_fence();
-    wgmma<config.block_n, kBfloat16, kBfloat16, true, true>(
-        d, a_factors + wave * (kFactorBytes >> 4), b_factors, false);
+    wgmma<config.block_n, kBfloat16, kBfloat16>(
+        d, a_factors + wave * (kWaveRows * kFactorBytes >> 4), b_factors, false);
   }
 
   // Starts one block's product of a wave's rows.
@@ -73,16 +115,6 @@ struct Reader {
     wgmma_commit();
   }
 };
-
-__forceinline__ void release(const Ring& slot) {
-  const int lane = threadIdx.x % 32;
-  __syncwarp();
-  if constexpr (config.cluster() == 1) {
-    if (lane == 0) barrier_arrive(slot.empty());
-  } else {
-    if (lane < config.cluster()) barrier_arrive_at(slot.empty(), lane);
-  }
-}
 
 // Zeroes what lies outside the group's range of K in the slot of the tile's first or last block, i.
 __forceinline__ void cut(const Ring& ring, uint32_t tile, int i) {
@@ -127,7 +159,7 @@ __forceinline__ void pass(Reader& reader, int blocks) {
   if constexpr (config.slices() > 1) {
     for (int i = 0; i < blocks; ++i) {
       reader.wait();
-      release(reader.ring);
+      reader.release(reader.ring);
       reader.advance();
     }
   }
@@ -173,11 +205,6 @@ __forceinline__ void load_factors(Part& factors, const Ring& slot, int row) {
     }
   }
 }
-
-// Where the factor of a thread's element is. Columns' scales change places in pairs, so that it is
-// in a register of the other bank than the product and the sum, which are stored in pairs: an FMA
-// whose operands are all in one bank takes two clocks.
-constexpr int factor_of(int i) { return i ^ 1; }
 
 // Where a warp's 16 rows of a tile's sums belong.
 struct Output {
@@ -228,9 +255,9 @@ __forceinline__ void store_parts(const Params& p, const Sum& sum, const Ring& ri
       if (converts || !p.copy_engine || config.groups == kContiguous && to.end - to.row < 16) {
         copy_rows<Staged, box>(staged(w), static_cast<Out*>(p.d) + to.first(p) + column,
                                min(to.end - to.row, 16), min(columns, p.n - column), p.n,
-                               p.accumulate, lane);
+                               config.accumulate, lane);
       } else if (lane == 0 && (config.groups != kMasked || to.row < to.end)) {
-        if (p.accumulate) {
+        if constexpr (config.accumulate) {
           tma_add(&p.store, staged(w), 0, to.row, column / config.box_n(), to.batch);
         } else {
           tma_store(&p.store, staged(w), 0, to.row, column / config.box_n(), to.batch,
@@ -244,7 +271,7 @@ __forceinline__ void store_parts(const Params& p, const Sum& sum, const Ring& ri
 
 __forceinline__ void store(const Params& p, const Sum& sum, const Ring& ring, int tile,
                            int warp_row) {
-  if (!config.out_float32 && p.accumulate) {
+  if constexpr (config.accumulate && !config.out_float32) {
     // In float32, lest the sum with D is rounded twice.
     store_parts<float, 2 * config.parts()>(p, sum, ring, ring.tile(tile), warp_row);
   } else {
@@ -288,12 +315,13 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
             scale[half][which] = load_shared(slot.scale(row + half * 8, which));
           }
         }
+        if (w == kWaves - 1) reader.advance();
         wgmma_wait<0>();
         pin(part);
         if constexpr (config.scales == kChannels) pin(factors);
         if (w == kWaves - 1) {
-          release(slot);
-          reader.advance();
+          reader.release(slot);
+          reader.test();
         }
         if constexpr (config.scales == kBlocks) {
           promote(sum[w], part, scale, boundary);
@@ -339,9 +367,10 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
         reader.product(promotes ? part : sum[w], w, promotes ? i % kAddUp > 0 : i > 0);
       }
       wgmma_wait<kWaves>();
-      if (i > 0) release(before);
+      if (i > 0) reader.release(before);
       before = reader.ring;
       reader.advance();
+      reader.test();
       if (promotes && (i % kAddUp == kAddUp - 1 || i == blocks - 1)) {
         wgmma_wait<0>();
         pin_all();
@@ -358,15 +387,14 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
 #pragma unroll
       for (int j = 0; j < config.block_n / 2; ++j) sum[0][j] *= factors[j];
     }
-    release(before);
+    reader.release(before);
     store(p, sum, reader.ring, tile, warp_row);
   }
   pass(reader, -blocks);
 }
 
 __forceinline__ void consume(const Params& p, Ring ring, int consumer) {
-  Reader reader{ring, consumer * kConsumerRows};
-  reader.look_ahead();
+  const Reader reader(ring, consumer);
   if constexpr (config.scales == kNoScales || config.scales == kRows) {
     multiply(p, reader);
   } else {

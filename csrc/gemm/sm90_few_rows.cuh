@@ -171,7 +171,7 @@ __forceinline__ void store(const Params& p, const Ring& ring, float (&sum)[count
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, consumer = threadIdx.x / 128;
   Out* d = static_cast<Out*>(p.d) + static_cast<long long>(batch) * p.m * p.n;
   const bool vectors = config.d_bytes() > 0 && p.n % 8 == 0;  // rows are 16-byte aligned
-  if (p.accumulate || !vectors) {
+  if (config.accumulate || !vectors) {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       const int r = row + i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -179,9 +179,9 @@ __forceinline__ void store(const Params& p, const Ring& ring, float (&sum)[count
       if (r >= end || c >= p.n) continue;
       Out* to = d + static_cast<long long>(r) * p.n + c;
       if constexpr (config.out_float32) {
-        *to = p.accumulate ? *to + sum[i] : sum[i];
+        *to = config.accumulate ? *to + sum[i] : sum[i];
       } else {
-        if (p.accumulate) sum[i] += bfloat16_to_float(*to);
+        if (config.accumulate) sum[i] += bfloat16_to_float(*to);
         if (!vectors) *to = pack_bfloat16(sum[i], 0);
       }
     }
@@ -256,7 +256,7 @@ __forceinline__ void reduce(const Params& p, const Ring& ring, const Tiles& tile
   }
   // Nobody waits for the last tile's, and the CTA that would be told may be gone.
   if (!tile.last() && threadIdx.x % 32 < config.split)
-    barrier_arrive_at(ring.taken(), threadIdx.x % 32);
+    barrier_arrive_at(at_cta(ring.taken(), threadIdx.x % 32));
   if (chunks > 0)
     store(p, ring, own, tile.batch, tile.m0 + rank * kOwned * 8, tile.m_end(), column);
 }

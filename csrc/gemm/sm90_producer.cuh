@@ -37,8 +37,8 @@ struct Rows {
   }
 
   template <bool whole>
-  __forceinline__ void load(uint32_t shared, uint32_t barrier, int kb) const {
-    const int k = kb * config.block_k(), left = whole ? rows : end - row;
+  __forceinline__ void load(uint32_t shared, uint32_t barrier, int k) const {
+    const int left = whole ? rows : end - row;
     if constexpr (mn_major) {
 #pragma unroll
       for (int i = 0; i < rows; i += kBox) {
@@ -61,30 +61,27 @@ struct Rows {
 __forceinline__ void announce(uint32_t shared, const Tiles& tile) {
   store_shared_quad(shared, make_uint4(tile.m0, tile.m_end, tile.n0, tile.d_batch));
   const int first_block = tile.first_block(), blocks = tile.last_block() - first_block;
-  store_shared_quad(shared + 16, make_uint4(config.slices() > 1 && tile.slice ? -blocks : blocks,
-                                            first_block, tile.k0, tile.k_end));
+  store_shared_quad(shared + 16,
+                    make_uint4(tile.slice() ? -blocks : blocks, first_block, tile.k0, tile.k_end));
 }
 
 __forceinline__ void copy_tiles(const Params& p, Ring ring) {
+  ring.parity = 1;  // slots are free from the first
   Tiles tile(p);
   // CTAs that share a tile load one part each and broadcast it.
   constexpr int a_rows = config.block_m / config.cluster_n;
   constexpr int b_rows = config.block_n / config.cluster_m;
   const int a_part = tile.n_rank * a_rows, b_part = tile.m_rank * b_rows;
+  const InSlots<config.a_bytes()> a_parts(ring.at, ring.a() + a_part * kRowBytes);
+  const InSlots<config.b_bytes()> b_parts(ring.at, ring.b() + b_part * kRowBytes);
   unsigned short a_peers = 0, b_peers = 0;
   for (int i = 0; i < config.cluster_n; ++i) a_peers |= 1 << (tile.m_rank + i * config.cluster_m);
   for (int i = 0; i < config.cluster_m; ++i) b_peers |= 1 << (i + tile.n_rank * config.cluster_m);
   int number = 0;
   for (; !tile.done; tile.next(), number = next_tile(number)) {
     const Rows<config.a_mn_major, a_rows, config.cluster_n, config.edge_rows()> a{
-        p.a,
-        p.a_edge,
-        tile.m0 + a_part,
-        tile.a_end(),
-        tile.a_batch,
-        a_peers,
-        kEvictNormal,
-        config.groups == kDense ? config.slices() > 1 && p.sliced() : config.groups != kAlongK};
+        p.a,          p.a_edge, tile.m0 + a_part, tile.a_end(),
+        tile.a_batch, a_peers,  kEvictNormal,     p.a_edge_in_boxes(config)};
     const Rows<config.b_mn_major, b_rows, config.cluster_m> b{
         p.b,
         p.b_edge,
@@ -98,32 +95,37 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
           whole
               ? config.a_bytes() + config.b_bytes()
               : kRowBytes * (a.loaded(tile.m0, config.block_m) + b.loaded(tile.n0, config.block_n));
-      const int last_block = tile.last_block();
-      for (int kb = tile.first_block(); kb < last_block; ++kb, ring.advance()) {
-        barrier_wait(ring.empty(), ring.parity ^ 1);
-        if (kb == tile.first_block()) announce(ring.tile(number), tile);
+      const int k_end = tile.last_block() * config.block_k();
+#pragma unroll 1
+      for (int k = tile.first_block() * config.block_k(); k < k_end; k += config.block_k()) {
+        barrier_wait(ring.empty(), ring.parity);
         barrier_arrive_expect(ring.full(), bytes);
-        a.template load<whole>(ring.a() + a_part * kRowBytes, ring.full(), kb);
-        b.template load<whole>(ring.b() + b_part * kRowBytes, ring.full(), kb);
+        a.template load<whole>(a_parts.of(ring.at), ring.full(), k);
+        b.template load<whole>(b_parts.of(ring.at), ring.full(), k);
+        ring.advance();
       }
     };
-    if (tile.m0 + config.block_m <= tile.a_end() && tile.n0 + config.block_n <= p.n) {
+    barrier_wait(ring.empty(), ring.parity);
+    announce(ring.tile(number), tile);
+    if (tile.a_whole() && tile.b_whole()) {
       copy.template operator()<true>();
     } else {
       copy.template operator()<false>();
     }
   }
-  barrier_wait(ring.empty(), ring.parity ^ 1);
+  barrier_wait(ring.empty(), ring.parity);
   store_shared_quad(ring.tile(number) + 16, make_uint4(0, 0, 0, 0));
   barrier_arrive(ring.full());
   if constexpr (config.cluster() > 1) {
     // No CTA may leave while consumers of another one still signal that a slot is empty.
     for (int i = 1; i < config.stages; ++i) {
       ring.advance();
-      barrier_wait(ring.empty(), ring.parity ^ 1);
+      barrier_wait(ring.empty(), ring.parity);
     }
   }
 }
+
+constexpr int kAhead = 4;  // blocks of K whose scales are on their way
 
 // What one lane of the scale warps brings of each block of K, one after the other. With kBlocks it
 // is the scales of neighbouring rows of A, times those of B's blocks of columns: then a consumer
@@ -145,52 +147,43 @@ struct LaneScales {
   };
 
   const Params& p;
-  int row;                      // in the tile
-  const float *a, *b;           // of the next block; of the first one
-  int a_rows, b_columns;        // how many rows of the tile, and blocks of columns, begin there
-  int next = 0, blocks;         // of K
-  float some_b[kScalesPerRow];  // B's of 32 blocks of K, one a lane
+  int row;                        // in the tile
+  int rows;                       // of A from there on
+  const float* a;                 // of the next block
+  const float* b[kScalesPerRow];  // of the next kAhead
   bool whole;
 
   __forceinline__ LaneScales(const Params& p, const Tiles& tile, int thread)
-      : p(p), row(kNeighbours * thread), blocks(tile.last_block() - tile.first_block()) {
-    const int m = tile.m0 + row, n = min(tile.n0 / 128, p.blocks_n - 1);
+      : p(p), row(kNeighbours * thread) {
+    const int m = tile.m0 + row;
     a = p.a_scale + static_cast<long long>(tile.a_batch) * p.blocks_k * p.m + m;
-    b = p.b_scale + (static_cast<long long>(tile.b_batch) * p.blocks_n + n) * p.blocks_k;
-    a_rows = tile.empty() || !has_row() ? 0 : tile.a_end() - m;
-    b_columns = tile.empty() ? 0 : p.blocks_n - n;
-    whole = !tile.empty() && tile.m0 + config.block_m <= tile.a_end() &&
-            (tile.m0 | p.m) % kNeighbours == 0;
+    rows = has_row() ? tile.a_end() - m : 0;
+#pragma unroll
+    for (int j = 0; j < kScalesPerRow; ++j) {
+      const int n = min(tile.n0 / 128 + j, p.blocks_n - 1);
+      b[j] = p.b_scale + (static_cast<long long>(tile.b_batch) * p.blocks_n + n) * p.blocks_k;
+    }
+    whole = tile.a_whole() && (tile.m0 | p.m) % kNeighbours == 0;
   }
 
   __forceinline__ bool has_row() const {
     return config.block_m % (kLanes * kNeighbours) == 0 || row < config.block_m;
   }
 
-  // `turn` of so many that divide 32.
   template <bool whole>
   __forceinline__ void load(Block& block, int turn) {
-    if (next == blocks) return;
-    if (turn == 0 && next % 32 == 0) {
-      const int mine = next + threadIdx.x % 32;
-#pragma unroll
-      for (int j = 0; j < kScalesPerRow; ++j) {
-        some_b[j] = mine < blocks && j < b_columns ? __ldg(b + j * p.blocks_k + mine) : 0;
-      }
-    }
-    block.a = {};
     if constexpr (whole) {
       if (has_row()) block.a = *reinterpret_cast<const Neighbours*>(a);
     } else {
 #pragma unroll
-      for (int i = 0; i < kNeighbours; ++i) block.a.x[i] = i < a_rows ? __ldg(a + i) : 0;
-    }
-#pragma unroll
-    for (int j = 0; j < kScalesPerRow; ++j) {
-      block.b[j] = __shfl_sync(0xffffffff, some_b[j], next % 32);
+      for (int i = 0; i < kNeighbours; ++i) block.a.x[i] = i < rows ? __ldg(a + i) : 0;
     }
     a += p.m;
-    ++next;
+#pragma unroll
+    for (int j = 0; j < kScalesPerRow; ++j) {
+      block.b[j] = __ldg(b[j] + turn);
+      if (turn == kAhead - 1) b[j] += kAhead;
+    }
   }
 
   __forceinline__ void store(const Block& block, const Ring& ring, bool) const {
@@ -209,25 +202,39 @@ struct LaneScales {
   }
 };
 
-// The same for kRows: what is the same for all of K is wanted with its last block.
-struct LaneRows {
+// A lane's scales of A's rows and of B's, one of every kStride, if there are so many blocks of K.
+struct LaneOfBoth {
   static constexpr int kStride = 32 * kScaleWarps;
-  static constexpr int kA = config.block_m / kStride, kB = config.block_n / kStride;
+  static constexpr int kA = config.block_m / kStride, kBoth = kA + config.block_n / kStride;
+
+  const float *a, *b;
+  int a_rows, b_rows;  // how many there are from the first ones on
+
+  __forceinline__ LaneOfBoth(const Params& p, const Tiles& tile, int a_lane, int b_lane, int blocks)
+      : a_rows(tile.a_end() - tile.m0 - a_lane), b_rows(p.n - tile.n0 - b_lane) {
+    const long long a_block = static_cast<long long>(tile.a_batch) * blocks + tile.first_block();
+    const long long b_block = static_cast<long long>(tile.b_batch) * blocks + tile.first_block();
+    a = p.a_scale + a_block * p.m + tile.m0 + a_lane;
+    b = p.b_scale + b_block * p.n + tile.n0 + b_lane;
+  }
+
+  template <bool whole>
+  __forceinline__ float load(int i) const {
+    const int row = (i < kA ? i : i - kA) * kStride;
+    return whole || row < (i < kA ? a_rows : b_rows) ? __ldg((i < kA ? a : b) + row) : 0;
+  }
+};
+
+// What a lane brings with kRows: scales that are the same for all of K, with its last block.
+struct LaneRows : LaneOfBoth {
   static constexpr bool whole = false;
 
   struct Block {};
 
-  const float *a, *b;  // the lane's first scale of A and of B
-  int a_rows, b_rows;  // how many rows there are from there on
   int lane;
 
-  __forceinline__ LaneRows(const Params& p, const Tiles& tile, int lane) : lane(lane) {
-    const int m = tile.m0 + lane, n = tile.n0 + lane;
-    a = p.a_scale + static_cast<long long>(tile.a_batch) * p.m + m;
-    b = p.b_scale + static_cast<long long>(tile.b_batch) * p.n + n;
-    a_rows = tile.a_end() - m;
-    b_rows = p.n - n;
-  }
+  __forceinline__ LaneRows(const Params& p, const Tiles& tile, int lane)
+      : LaneOfBoth(p, tile, lane, lane, 1), lane(lane) {}
 
   template <bool whole>
   __forceinline__ void load(Block&, int) const {}
@@ -235,138 +242,97 @@ struct LaneRows {
   __forceinline__ void store(const Block&, const Ring& ring, bool last) const {
     if (!last) return;
 #pragma unroll
-    for (int j = 0; j < kA + kB; ++j) {
-      const int row = (j < kA ? j : j - kA) * kStride;
-      const float x = row < (j < kA ? a_rows : b_rows) ? __ldg((j < kA ? a : b) + row) : 0;
-      store_shared(ring.scale(lane + row, j >= kA), x);
+    for (int i = 0; i < kBoth; ++i) {
+      const int row = lane + (i < kA ? i : i - kA) * kStride;
+      store_shared(ring.scale(row, i >= kA), LaneOfBoth::load<false>(i));
     }
   }
 };
 
-// The same for kChannels. What a tile's elements are multiplied by, rows' scales times columns', is
-// left to the tensor core: a scale is the sum of three bfloat16, exactly, and the nine products of
-// A's parts and B's are added up along nine of 16 of K. A lane brings two neighbours of every 64
-// rows that its warp brings.
-struct LaneFactors {
-  static constexpr int kParts = 3;
-  static constexpr int kOfA = config.block_m / kFactorRows;
-  static constexpr int kOfBoth = kOfA + config.block_n / kFactorRows;
-  static constexpr int kMine = ceil_div(kOfBoth, kScaleWarps);
-
-  const Params& p;
-  int warp, lane;
-  const float* next[kMine];  // the lane's scales in the next block of K
-  int rows[kMine];           // how many rows there are from there on
-  int left;                  // blocks
-  bool whole;
-
+// What a lane brings with kChannels. What a tile's elements are multiplied by, rows' scales times
+// columns', is left to the tensor core: a scale is the sum of three bfloat16, exactly, and the
+// products of A's parts and B's are added up along K, all but that of the last ones, which is 2^-32
+// of the first.
+struct LaneFactors : LaneOfBoth {
   struct Block {
-    float scales[kMine][2];
+    float x[kBoth];
   };
 
-  __forceinline__ int box(int i) const { return i * kScaleWarps + warp; }
-  __forceinline__ bool of_a(int i) const {
-    return kOfA % kScaleWarps == 0 ? i * kScaleWarps < kOfA : box(i) < kOfA;
-  }
-  __forceinline__ bool is_box(int i) const {
-    return (i + 1) * kScaleWarps <= kOfBoth || box(i) < kOfBoth;
-  }
+  const Params& p;
+  int lane;
+  bool whole;
 
-  __forceinline__ LaneFactors(const Params& p, const Tiles& tile, int thread)
-      : p(p),
-        warp(uniform(thread / 32)),
-        lane(thread % 32),
-        left(tile.last_block() - tile.first_block()),
-        whole(!tile.empty() && tile.m0 + config.block_m <= p.m && tile.n0 + config.block_n <= p.n) {
-#pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-      const int size = of_a(i) ? p.m : p.n;
-      const int row =
-          of_a(i) ? tile.m0 + box(i) * kFactorRows : tile.n0 + (box(i) - kOfA) * kFactorRows;
-      const long long batch = of_a(i) ? tile.a_batch : tile.b_batch;
-      next[i] = (of_a(i) ? p.a_scale : p.b_scale) +
-                (batch * p.blocks_k + tile.first_block()) * size + row + 2 * lane;
-      rows[i] = tile.empty() || !is_box(i) ? 0 : size - row - 2 * lane;
-    }
-  }
+  __forceinline__ LaneFactors(const Params& p, const Tiles& tile, int lane)
+      : LaneOfBoth(p, tile, lane, factor_of(lane), p.blocks_k),
+        p(p),
+        lane(lane),
+        whole(tile.a_whole() && tile.b_whole()) {}
 
   template <bool whole>
-  __forceinline__ void load(Block& x, int) {
-    if (--left < 0) return;
+  __forceinline__ void load(Block& block, int) {
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int row = of_a(i) ? j : 1 - j;  // see factor_of
-        x.scales[i][j] = whole && is_box(i) || row < rows[i] ? __ldg(next[i] + row) : 0;
-      }
-      next[i] += of_a(i) ? p.m : p.n;
-    }
+    for (int i = 0; i < kBoth; ++i) block.x[i] = LaneOfBoth::load<whole>(i);
+    a += p.m;
+    b += p.n;
   }
 
-  __forceinline__ void store(const Block& x, const Ring& ring, bool) const {
+  __forceinline__ void store(const Block& block, const Ring& ring, bool) const {
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-      if (!is_box(i)) break;
-      float rest[2] = {x.scales[i][0], x.scales[i][1]};
-      uint32_t parts[kParts];  // of both, the second one in the upper half
+    for (int i = 0; i < kBoth; ++i) {
+      float part[3] = {block.x[i]};
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        parts[part] = __byte_perm(__float_as_uint(rest[0]), __float_as_uint(rest[1]), 0x7632);
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          rest[j] -= __uint_as_float(__float_as_uint(rest[j]) & 0xffff0000);
+      for (int j = 1; j < 3; ++j) {
+        part[j] = part[j - 1] - __uint_as_float(__float_as_uint(part[j - 1]) & 0xffff0000);
       }
-#pragma unroll
-      for (int k = 0; k < kParts * kParts; ++k) {
-        const uint32_t both = of_a(i) ? parts[k / kParts] : parts[k % kParts];
-        const uint32_t at =
-            ring.factors(box(i) * kFactorRows) + k * kRowBytes + (lane * 4 ^ k % 8 * 16);
-        store_shared(at, __uint_as_float(both));
-      }
+      const auto pair = [&](int j, int k) {
+        return __byte_perm(__float_as_uint(part[j]), __float_as_uint(part[k]), 0x7632);
+      };
+      store_shared_quad(ring.factors(lane) + i * kStride * kFactorBytes,
+                        i < kA ? make_uint4(pair(0, 0), pair(0, 1), pair(1, 1), pair(2, 2))
+                               : make_uint4(pair(0, 1), pair(2, 0), pair(1, 2), pair(0, 1)));
     }
     fence_shared_for_copy_engine();
   }
 
   // What is left of K, in each slot.
-  static __forceinline__ void clear(Ring ring, int thread) {
+  static __forceinline__ void clear(Ring ring, int lane) {
     for (; ring.parity == 0; ring.advance()) {
-      for (int box = thread / 32; box < kOfBoth; box += kScaleWarps) {
-        for (int k = kParts * kParts; k < kFactorBytes / kRowBytes; ++k) {
-          const uint32_t row = ring.factors(box * kFactorRows) + k * kRowBytes;
-          store_shared(row + thread % 32 * 4, 0);
-        }
+      for (int row = lane; row < config.block_m + config.block_n; row += kStride) {
+        store_shared_quad(ring.factors(row, 1), make_uint4(0, 0, 0, 0));
       }
     }
   }
 };
 
+// The loads of blocks further on start as soon as there is room, lest their latency sets the pace,
+// but where a fence (see LaneFactors) would wait for them: there so many at once. Where nothing is
+// to be added up, scales are zero.
 template <class Scales>
 __forceinline__ void copy_scales(const Params& p, Ring ring, int thread) {
-  // So many blocks' loads are in flight, or their latency would set the pace. The next ones start
-  // as soon as there is room, but where a fence (see LaneFactors) would wait for them: there so
-  // many at once.
-  constexpr int ahead = 4;
   constexpr bool at_once = config.scales == kChannels;
+  ring.parity = 1;  // slots are free from the first
   for (Tiles tile(p); !tile.done; tile.next()) {
     Scales scales(p, tile, thread);
     const auto copy = [&]<bool whole>() {
-      typename Scales::Block blocks[ahead];
-      const auto load_all = [&] {
+      typename Scales::Block blocks[kAhead] = {};
+      const auto load_all = [&](int count) {
 #pragma unroll
-        for (int i = 0; i < ahead; ++i) scales.template load<whole>(blocks[i], i);
+        for (int i = 0; i < kAhead; ++i) {
+          if (i < count && !tile.empty()) scales.template load<whole>(blocks[i], i);
+        }
       };
-      if (!at_once) load_all();
-      for (int left = tile.last_block() - tile.first_block(); left > 0; left -= ahead) {
-        if (at_once) load_all();
+      int left = tile.last_block() - tile.first_block();
+      if (!at_once) load_all(left);
+      for (; left > 0; left -= kAhead) {
+        if (at_once) load_all(left);
 #pragma unroll
-        for (int i = 0; i < ahead; ++i) {
+        for (int i = 0; i < kAhead; ++i) {
           if (left == i) break;
-          barrier_wait(ring.empty(), ring.parity ^ 1);
+          barrier_wait(ring.empty(), ring.parity);
           scales.store(blocks[i], ring, left == i + 1);
           __syncwarp();
           if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
-          if (!at_once) scales.template load<whole>(blocks[i], i);
+          if (!at_once && i + kAhead < left) scales.template load<whole>(blocks[i], i);
           ring.advance();
         }
       }
@@ -377,7 +343,7 @@ __forceinline__ void copy_scales(const Params& p, Ring ring, int thread) {
       copy.template operator()<false>();
     }
   }
-  barrier_wait(ring.empty(), ring.parity ^ 1);
+  barrier_wait(ring.empty(), ring.parity);
   if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
 }
 

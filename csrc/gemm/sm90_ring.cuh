@@ -12,11 +12,26 @@ constexpr Config config{CONFIG};
 constexpr int kScalesPerRow = config.scales_per_row();
 constexpr int kScaleWarps = 2;  // if there are scales
 
+// What every slot has, so many bytes from one slot's to the next one's: where it is, by way of
+// where the slot's barrier is, which takes one multiplication. The origin is that of a barrier at
+// 0.
+template <int bytes>
+struct InSlots {
+  uint32_t origin;
+
+  __forceinline__ InSlots(uint32_t barrier, uint32_t here)
+      : origin(opaque(here - barrier * (bytes / 8))) {}
+
+  __forceinline__ uint32_t of(uint32_t barrier) const { return origin + barrier * (bytes / 8); }
+};
+
 // Where things are in shared memory: slots of A, of B, D on its way out, slots of scales, barriers.
-// A position in the ring is a slot, and the parity of how often the ring has gone round.
+// A position in the ring is a slot, told by its barrier, and the parity of how often the ring has
+// gone round.
 struct Ring {
-  uint32_t memory;
-  int slot = 0;
+  uint32_t first, end;  // barriers: of the first slot, behind that of the last one
+  InSlots<config.scale_bytes()> all_scales;
+  uint32_t at;
   uint32_t parity = 0;
 
   static constexpr int kB = config.stages * config.a_bytes();
@@ -26,28 +41,43 @@ struct Ring {
   static constexpr int kFull = kTiles + config.tiles() * kTileBytes;
   static constexpr int kEmpty = kFull + config.stages * 8;
 
-  uint32_t a() const { return memory + slot * config.a_bytes(); }
-  uint32_t b() const { return memory + kB + slot * config.b_bytes(); }
-  uint32_t d() const { return memory + kD; }
-  uint32_t scales() const { return memory + kScales + slot * config.scale_bytes(); }
+  __forceinline__ explicit Ring(uint32_t memory)
+      : first(opaque(memory + kFull)),
+        end(opaque(memory + kEmpty)),
+        all_scales(memory + kFull, memory + kScales),
+        at(memory + kFull) {}
+
+  uint32_t memory() const { return first - kFull; }
+  uint32_t a() const { return memory() + (at - first) * (config.a_bytes() / 8); }
+  uint32_t b() const { return memory() + kB + (at - first) * (config.b_bytes() / 8); }
+  uint32_t d() const { return memory() + kD; }
+  uint32_t scales() const { return all_scales.of(at); }
   // kBlocks: of a row, with the first or second block of columns. kRows: of A's rows, then B's.
   uint32_t scale(int row, int which = 0) const {
     return scales() + (which * config.block_m + row) * 4;
   }
-  // kChannels: of a multiple of kFactorRows rows; A's, then B's.
-  uint32_t factors(int row) const { return scales() + row / kFactorRows * kFactorBytes; }
+  // kChannels: of a row of A, or of B behind them, the first or second half of K.
+  uint32_t factors(int row, int half = 0) const {
+    return scales() + row * kFactorBytes + (row / 4 % 2 ^ half) * (kFactorBytes / 2);
+  }
   // Of a tile, counted round and round.
-  uint32_t tile(int number) const { return memory + kTiles + number * kTileBytes; }
-  uint32_t full() const { return memory + kFull + slot * 8; }
-  uint32_t empty() const { return memory + kEmpty + slot * 8; }
+  uint32_t tile(int number) const { return memory() + kTiles + number * kTileBytes; }
+  uint32_t full() const { return at; }
+  uint32_t empty() const { return at + config.stages * 8; }
 
   __forceinline__ void advance() {
-    if (++slot == config.stages) {
-      slot = 0;
+    at += 8;
+    if (at == end) {
+      at = first;
       parity ^= 1;
     }
   }
 };
+
+// kChannels: where the factor of a thread's element, or of a column, is. Columns change places in
+// pairs, so that a factor is in a register of the other bank than the product and the sum, which
+// are stored in pairs: an FMA whose operands are all in one bank takes two clocks.
+constexpr int factor_of(int i) { return i ^ 1; }
 
 __forceinline__ int next_tile(int number) { return number + 1 == config.tiles() ? 0 : number + 1; }
 
@@ -61,8 +91,7 @@ struct Tiles {
   int m_end;           // first row that is not the tile's to write
   int k0, k_end;       // elements along K
   int a_batch, b_batch, d_batch;
-  bool b_once;         // no other rows are multiplied with the tile's B
-  bool slice = false;  // of a tile: the first consumer's part. There is no tile behind it
+  bool b_once;  // no other rows are multiplied with the tile's B
   bool done;
 
   __forceinline__ explicit Tiles(const Params& p) : p(p), index(blockIdx.x / config.cluster()) {
@@ -78,12 +107,9 @@ struct Tiles {
     int rows = p.order.rows;
     if constexpr (config.groups == kDense) {
       int part = 0, at = index;
-      if constexpr (config.slices() > 1) {
-        slice = index >= p.first_slice;
-        if (slice) {
-          part = (index - p.first_slice) % config.slices();
-          at = p.first_slice + (index - p.first_slice) / config.slices();
-        }
+      if (slice()) {
+        part = (index - p.first_slice) % config.slices();
+        at = p.first_slice + (index - p.first_slice) / config.slices();
       }
       done = at >= p.order.count();
       if (done) return;
@@ -91,7 +117,7 @@ struct Tiles {
       k_end = p.k;
       a_batch = b_batch = d_batch = t.batch;
       place(part * 64, t);
-      if (slice) {
+      if (slice()) {
         m_end = min(m0 + 64, p.m);
         done = m0 >= m_end;
       }
@@ -165,8 +191,13 @@ struct Tiles {
     locate();
   }
 
+  // A part of a tile: the first consumer's. There is no tile behind it.
+  __forceinline__ bool slice() const { return config.slices() > 1 && index >= p.first_slice; }
+
   // The first row of A that is not loaded. Behind a contiguous group's last one others follow.
   __forceinline__ int a_end() const { return config.groups == kContiguous ? p.m : m_end; }
+  __forceinline__ bool a_whole() const { return m0 + config.block_m <= a_end(); }
+  __forceinline__ bool b_whole() const { return n0 + config.block_n <= p.n; }
 
   // Blocks of K, counted from K's beginning wherever the group's is. There is one at least: where
   // nothing is to be added up, of zeros, which lie behind K's end or are cut out.

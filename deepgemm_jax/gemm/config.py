@@ -52,6 +52,7 @@ class Problem:
         """The parts of a config that the problem decides."""
         return {
             "out_float32": int(self.out_float32),
+            "accumulate": int(self.accumulate),
             "a_type": ELEMENTS.index(jnp.dtype(self.a_dtype)),
             "b_type": ELEMENTS.index(jnp.dtype(self.b_dtype)),
             "a_mn_major": int(self.a_mn_major),
@@ -120,6 +121,7 @@ class Config(AnyConfig):
     cluster_m: int
     cluster_n: int
     out_float32: int
+    accumulate: int
     a_type: int
     b_type: int
     a_mn_major: int
@@ -169,6 +171,7 @@ class FewRows(AnyConfig):
     stages: int
     split: int
     out_float32: int
+    accumulate: int
     a_type: int
     b_type: int
     scales: int
@@ -417,7 +420,7 @@ def choose(problem: Problem, device: Device) -> AnyConfig:
 def variants(device: Device = H200) -> list[AnyConfig]:
     """Every config that `choose` may return for FP8 in e4m3 and for bfloat16."""
     # So many rows that no tile is left out for holding twice as many.
-    sizes: dict[str, Any] = {"m": 128, "n": 1, "k": 1, "batch": 1, "accumulate": False}
+    sizes: dict[str, Any] = {"m": 128, "n": 1, "k": 1, "batch": 1}
     forms: list[tuple[dict[str, Any], Sequence[str]]] = [
         ({"scales": "blocks"}, ("dense", "contiguous", "masked")),
         ({"scales": "rows"}, ("dense",)),
@@ -439,12 +442,14 @@ def variants(device: Device = H200) -> list[AnyConfig]:
         if a_mn_major == b_mn_major:
             groups.append("along_k")
         forms.append((form, groups))
-    return [
-        config
+    problems = (
+        Problem(out_dtype=dtype, accumulate=accumulate, groups=group, **sizes, **form)
         for form, groups in forms
         for dtype, group in itertools.product((jnp.bfloat16, jnp.float32), groups)
-        for config, _ in candidates(Problem(out_dtype=dtype, groups=group, **sizes, **form), device)
-    ]
+        # There is no C where groups are of rows.
+        for accumulate in ((False, True) if group in ("dense", "along_k") else (False,))
+    )
+    return [config for problem in problems for config, _ in candidates(problem, device)]
 
 
 def by_source(configs: Iterable[AnyConfig]) -> dict[str, list[AnyConfig]]:

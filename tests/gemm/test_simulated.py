@@ -85,10 +85,11 @@ def test_each_element_is_one_tiles(tile, tmp_path):
 
 def check(form, dtype, shape, add, tmp_path):
     params = dataclasses.replace(form.params, preferred_element_type=jnp.dtype(dtype))
-    config = config_of_shape(form.form.problem(params, form.operands), shape)
-    c = None
+    operands, c = form.operands, None
     if add:
         c = np.random.default_rng(1).integers(-9, 9, form.expected.shape).astype(dtype)
+        operands = (*operands, c)
+    config = config_of_shape(form.form.problem(params, operands), shape)
     assert_exact(form, simulate(form, config, tmp_path, c), c)
 
 

@@ -65,9 +65,7 @@ inline void barrier_arrive(uint32_t barrier) { sim::advance(sim::barrier(barrier
 inline void barrier_arrive_expect(uint32_t barrier, int bytes) {
   sim::advance(sim::barrier(barrier), 1, bytes);
 }
-inline void barrier_arrive_at(uint32_t barrier, int cta_rank) {
-  barrier_arrive(at_cta(barrier, cta_rank));
-}
+inline void barrier_arrive_at(uint32_t remote) { barrier_arrive(remote); }
 inline bool barrier_test(uint32_t barrier, uint32_t parity) {
   return sim::barrier(barrier).phase % 2 != parity;
 }
@@ -227,6 +225,7 @@ inline void stmatrix_transposed(uint32_t shared, uint32_t x0, uint32_t x1, uint3
 // ---- clusters, dependent launches, registers --------------------------------------------------
 
 inline uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+inline uint32_t opaque(uint32_t x) { return x; }
 inline int cluster_rank() { return sim::self().cta->rank; }
 inline void cluster_arrive() {
   sim::self().arrived_in = sim::arrive(sim::running->meeting, sim::running->threads.size());

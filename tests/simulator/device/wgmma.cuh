@@ -10,6 +10,10 @@ inline uint64_t tile_descriptor(uint32_t shared, uint32_t box_bytes = 0) {
   return static_cast<uint64_t>(box_bytes) << 32 | shared >> 4;
 }
 
+inline uint64_t narrow_tile_descriptor(uint32_t shared) {
+  return 1ull << 63 | tile_descriptor(shared);
+}
+
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
   sim::self().products.push_back(std::move(sim::self().product));
@@ -49,11 +53,11 @@ template <int type, bool mn_major>
 void read_row(uint64_t descriptor, int row, float (&x)[32]) {
   constexpr int bytes = type == kBfloat16 ? 2 : 1;
   const uint32_t start = static_cast<uint32_t>(descriptor) << 4;
-  const uint32_t box = descriptor >> 32;
+  const uint32_t box = descriptor >> 32, row_bytes = descriptor >> 63 ? 32 : 128;
   for (int k = 0; k < 32 / bytes; ++k) {
     const uint32_t at = mn_major ? start + row / 64 * box + k * 128 + row % 64 * bytes
-                                 : start + row * 128 + k * bytes;
-    x[k] = decode(sim::shared(swizzled(at, 128), bytes), type);
+                                 : start + row * row_bytes + k * bytes;
+    x[k] = decode(sim::shared(swizzled(at, row_bytes), bytes), type);
   }
 }
 
