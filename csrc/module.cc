@@ -105,6 +105,7 @@ NB_MODULE(_C, m) {
       nb::arg("source"), nb::arg("config"), nb::arg("arch"), WithoutGil());
   m.def("nvrtc_version", [] { return jit::nvrtc_version(); }, WithoutGil());
   m.def("driver_version", jit::driver_version);
+  m.def("memory_gbs", jit::memory_gbs, nb::arg("device"));
   m.def("statistics", [] {
     return std::map<std::string, int64_t>{{"compiled", jit::statistics.compiled},
                                           {"disk_hits", jit::statistics.disk_hits},

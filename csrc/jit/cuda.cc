@@ -30,6 +30,7 @@ Driver load() {
   RESOLVE(cuGetErrorName);
   RESOLVE(cuGetErrorString);
   RESOLVE(cuCtxGetDevice);
+  RESOLVE(cuDeviceGetAttribute);
   RESOLVE(cuLibraryLoadData);
   RESOLVE(cuLibraryGetKernel);
   RESOLVE(cuKernelSetAttribute);
@@ -54,6 +55,17 @@ std::optional<int> driver_version() {
   int version;
   if (!get || get(&version) != CUDA_SUCCESS) return std::nullopt;
   return version;
+}
+
+double memory_gbs(CUdevice device) {
+  const auto get = [&](CUdevice_attribute attribute) {
+    int value;
+    check("cuDeviceGetAttribute", driver().cuDeviceGetAttribute(&value, attribute, device));
+    return value;
+  };
+  const double khz = get(CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE);
+  const double bits = get(CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH);
+  return 2 * khz * bits / 8 / 1e6;  // two transfers a clock
 }
 
 void fail(const char* call, CUresult result) {

@@ -21,6 +21,11 @@ using CUkernel = struct CUkern_st*;
 using CUfunction = struct CUfunc_st*;
 using CUtensorMap = TensorMap;
 
+enum CUdevice_attribute : int {
+  CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE = 36,
+  CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH = 37,
+};
+
 enum CUfunction_attribute : int { CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
 
 enum CUtensorMapDataType : int {
@@ -67,6 +72,7 @@ struct Driver {
   CUresult (*cuGetErrorName)(CUresult, const char**);
   CUresult (*cuGetErrorString)(CUresult, const char**);
   CUresult (*cuCtxGetDevice)(CUdevice*);
+  CUresult (*cuDeviceGetAttribute)(int*, CUdevice_attribute, CUdevice);
   CUresult (*cuLibraryLoadData)(CUlibrary*, const void* image, int* jit_options, void** jit_values,
                                 unsigned jit_count, int* options, void** values, unsigned count);
   CUresult (*cuLibraryGetKernel)(CUkernel*, CUlibrary, const char* name);
@@ -86,6 +92,9 @@ const Driver& driver();
 
 // The CUDA version that the driver supports (13000 for 13.0); nothing where there is no driver.
 std::optional<int> driver_version();
+
+// What device memory moves at most, by its clock and its width; 0 where these are not told.
+double memory_gbs(CUdevice device);
 
 // Throws a sentence that names the call and the driver's error, unless the call succeeded.
 [[noreturn]] void fail(const char* call, CUresult result);

@@ -5,6 +5,8 @@ import functools
 
 import jax
 
+from .. import _C
+
 ARCHS = ("sm_90a",)  # for which there are kernels
 
 
@@ -15,9 +17,10 @@ class Device:
     arch: str  # as NVRTC names it, with the suffix of the arch's own instructions: "sm_90a"
     num_sms: int
     smem_bytes: int  # shared memory that one block may ask for
+    memory_gbs: float  # of device memory, as its clock and its width have it
 
 
-H200 = Device(arch="sm_90a", num_sms=132, smem_bytes=232448)
+H200 = Device(arch="sm_90a", num_sms=132, smem_bytes=232448, memory_gbs=4917)
 
 
 @functools.cache
@@ -36,4 +39,5 @@ def cuda_device() -> Device:
         arch=f"sm_{major}{minor}{suffix}",
         num_sms=gpu.core_count,
         smem_bytes=gpu.shared_memory_per_block_optin,
+        memory_gbs=_C.memory_gbs(gpu.local_hardware_id) or H200.memory_gbs,
     )

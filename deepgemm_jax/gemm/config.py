@@ -208,7 +208,7 @@ class Tile:
     block_us: float  # for each 128 bytes of K
     store_us: float  # for each tile, beyond its blocks
     rows: float = 0.95  # times a block's cost, if scales are the same for all of K
-    groups: float = 1.0  # times a block's cost, if there are groups of rows
+    groups: float = 1.04  # times a block's cost, if there are groups of rows
 
     @property
     def slices(self) -> int:
@@ -218,14 +218,14 @@ class Tile:
 
 
 FP8_TILES = (
-    Tile(256, 128, 2, 1, 2, 0.717, 0.90, groups=1.02),
-    Tile(192, 128, 3, 1, 2, 0.532, 0.48, 0.97, 1.037),
-    Tile(128, 192, 2, 1, 1, 0.554, 0.57, 0.91),
-    Tile(128, 160, 2, 1, 1, 0.487, 0.47),
-    Tile(128, 128, 2, 1, 1, 0.397, 0.28),
-    Tile(128, 64, 2, 1, 1, 0.238, 0.83),
-    Tile(64, 128, 1, 1, 1, 0.262, 0.32),
-    Tile(64, 64, 1, 1, 1, 0.157, 0.41),
+    Tile(256, 128, 2, 1, 2, 0.695, 1.30),
+    Tile(192, 128, 3, 1, 2, 0.530, 0.56, rows=1.01),
+    Tile(128, 192, 2, 1, 1, 0.557, 0.71, rows=0.94),
+    Tile(128, 160, 2, 1, 1, 0.476, 0.79),
+    Tile(128, 128, 2, 1, 1, 0.399, 0.33, groups=1.09),
+    Tile(128, 64, 2, 1, 1, 0.248, 0.25),
+    Tile(64, 128, 1, 1, 1, 0.257, 0.30, groups=1.18),
+    Tile(64, 64, 1, 1, 1, 0.172, 0.34),
 )
 BF16_TILES = (
     Tile(128, 256, 2, 1, 1, 0.658, 1.26),
@@ -235,27 +235,28 @@ BF16_TILES = (
 # Not for groups, which fill the GPU without those for small problems and odd widths, and are faster
 # where a pair shares A.
 DENSE_FP8_TILES = (
-    Tile(192, 128, 3, 1, 1, 0.540, 0.54, 0.97),
-    Tile(192, 96, 3, 1, 1, 0.513, 0.32),
-    Tile(128, 144, 2, 1, 1, 0.440, 1.38),
-    Tile(128, 32, 2, 1, 1, 0.167, 0.5),
-    Tile(64, 32, 1, 1, 1, 0.132, 0.6),
-    Tile(64, 16, 1, 1, 1, 0.115, 0.6),
+    Tile(192, 128, 3, 1, 1, 0.523, 0.76, rows=1.04),
+    Tile(192, 96, 3, 1, 1, 0.478, 0.32),
+    Tile(128, 144, 2, 1, 1, 0.439, 1.24),
+    Tile(128, 32, 2, 1, 1, 0.176, 0.30),
+    Tile(64, 32, 1, 1, 1, 0.119, 0.30),
+    Tile(64, 16, 1, 1, 1, 0.120, 0.19),
 )
 DENSE_BF16_TILES = (
     Tile(128, 64, 2, 1, 1, 0.310, 0.40),
     Tile(64, 64, 1, 1, 1, 0.180, 0.8),
 )
-CHANNELS = 1.2  # times a block's cost, if there is a scale for each column
+CHANNELS = 1.23  # times a block's cost, if there is a scale for each column
 # Of a round, what one of slices takes, if scales are of blocks or the same for all of K.
-SLICED = {"blocks": {2: 0.82, 3: 0.68}, "rows": {2: 0.68, 3: 0.6}}
-LAUNCH_US = 3.4  # until the first bytes are there
-CLUSTER_US = 0.6  # until the CTAs of a cluster have found each other
-BYTES_PER_US = 4.1e6  # of device memory
-# Tiles that so few rows of A leave nearly empty read B no faster than that.
-FEW, FEW_BYTES_PER_US = 32, 2.6e6
+SLICED = {"blocks": {2: 0.78, 3: 0.69}, "rows": {2: 0.68, 3: 0.6}}
+LAUNCH_US = 3.0  # until the first bytes are there
+CLUSTER_US = 0.4  # until the CTAs of a cluster have found each other
+READ = 0.917  # of what device memory moves at most
+# Of rows that begin anywhere in a line of L2, a multiprocessor loads no more bytes than that.
+LINE_BYTES = 128
+ACROSS_LINES_PER_US = 75e3
 L2_BYTES = 50e6
-WRITTEN_BACK_US = 0.07e-6  # for each byte, as long as L2 is full of what was written before
+WRITTEN_BACK_US = 0.057e-6  # for each byte, as long as L2 is full of what was written before
 
 # Of the kernel for few rows: rows of A in a tile, consumers, and the CTAs that divide K.
 FEW_ROWS = (
@@ -267,14 +268,13 @@ FEW_ROWS = (
     (128, 2, 2),
     (128, 3, 1),
 )
-# On an H200: until the first bytes are there; what it costs to read B again for the next rows of A;
-# the bytes of A and B that one multiprocessor multiplies, and promotes if they have scales; those
-# that it exchanges in its cluster; an element's store.
-FIRST_BYTES_US = 3.9
-AGAIN = 0.25
-MULTIPLIED_PER_US = {"blocks": 110e3, "none": 190e3}
-EXCHANGED_PER_US = 12.5e3
-STORE_US = 4e-5
+FEW = 32  # Tiles of twice as many rows as A has are left out, but of these none.
+# Until the first bytes are there; the bytes of A and B that one multiprocessor multiplies, and
+# promotes if they have scales; those that it exchanges in its cluster; an element's store.
+FIRST_BYTES_US = 3.2
+MULTIPLIED_PER_US = {"blocks": 78e3, "none": 190e3}
+EXCHANGED_PER_US = 15.8e3
+STORE_US = 2.7e-5
 # So many bytes under way to a multiprocessor are enough, and so many stages. The more there are,
 # the later come those that were asked for first.
 IN_FLIGHT = 96 * 1024
@@ -358,8 +358,6 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     if grouped:
         tiles = np.ceil(rows * _likely_sizes(problem.batch, problem.groups)).sum(1)
         rounds = np.ceil(tiles * columns / at_once).mean()
-        again = tiles.mean() - problem.batch
-        moved += AGAIN * again * problem.n * _row_bytes(problem)
     else:
         rounds, rest = divmod(problem.batch * math.ceil(rows) * columns, at_once)
         if rest:
@@ -369,9 +367,11 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     block_us = tile.block_us * {"channels": CHANNELS, "rows": tile.rows}.get(problem.scales, 1)
     if grouped:
         block_us *= tile.groups
+    if problem.k * jnp.dtype(problem.a_dtype).itemsize % LINE_BYTES:
+        loaded = tile.block_m / tile.cluster_n + tile.block_n / tile.cluster_m
+        block_us = max(block_us, loaded * ROW_BYTES / ACROSS_LINES_PER_US)
     busy_us = rounds * (blocks * block_us + tile.store_us)
-    pace = BYTES_PER_US if grouped or problem.m > FEW else FEW_BYTES_PER_US
-    memory_us = moved / pace + min(moved, L2_BYTES) * WRITTEN_BACK_US
+    memory_us = moved / (READ * device.memory_gbs * 1e3) + min(moved, L2_BYTES) * WRITTEN_BACK_US
     # Neither hides the other wholly when they are nearly alike: their 3-norm is what fits.
     both_us = (busy_us**3 + memory_us**3) ** (1 / 3)
     return float(LAUNCH_US + (cluster > 1) * CLUSTER_US + both_us) * 1e-6
@@ -383,9 +383,8 @@ def _few_rows_seconds(problem: Problem, config: FewRows, device: Device) -> floa
     rows, columns, split = config.block_m, 64 * config.consumers, config.split
     tiles_m, tiles_n = math.ceil(problem.m / rows), math.ceil(problem.n / columns)
     rounds = math.ceil(problem.batch * tiles_m * tiles_n / (config.num_sms(device) // split))
-    b_bytes = problem.batch * problem.n * _row_bytes(problem)
     blocks = math.ceil(problem.k / problem.block_k)
-    read_us = (_moved_bytes(problem) + AGAIN * (tiles_m - 1) * b_bytes) / BYTES_PER_US
+    read_us = _moved_bytes(problem) / (READ * device.memory_gbs * 1e3)
     multiplied = rounds * math.ceil(blocks / split) * (rows + columns) * ROW_BYTES
     multiply_us = multiplied / MULTIPLIED_PER_US[problem.scales]
     exchange_us = rounds * (split - 1) / split * rows * columns * 4 / EXCHANGED_PER_US

@@ -88,7 +88,7 @@ def test_implementation():
 
 
 def test_gpu_without_kernel(monkeypatch, caplog):
-    monkeypatch.setattr(op, "cuda_device", lambda: Device("sm_80", 108, 166912))
+    monkeypatch.setattr(op, "cuda_device", lambda: Device("sm_80", 108, 166912, 2039))
     a, b = random_problem(0, 131, 200, 400)
     with caplog.at_level(logging.WARNING, "deepgemm_jax"):
         assert not calls(lower(fp8_gemm_nt, a, b))
