@@ -14,7 +14,7 @@ import numpy as np
 
 from deepgemm_jax._core.device import cuda_device
 from deepgemm_jax.gemm import op as dense
-from deepgemm_jax.gemm.config import AnyConfig, candidates
+from deepgemm_jax.gemm.config import AnyConfig, Problem, candidates
 from deepgemm_jax.grouped import op as grouped
 
 M, N, K, GROUPS = 304, 320, 400, 5
@@ -38,6 +38,14 @@ class Form:
 
     def __str__(self) -> str:
         return self.name
+
+    def arguments(self, dtype: Any, c: np.ndarray | None) -> tuple[Any, tuple[np.ndarray, ...]]:
+        """The parameters and the operands of a call that adds C, if there is one."""
+        params = dataclasses.replace(self.params, preferred_element_type=jnp.dtype(dtype))
+        return params, self.operands if c is None else (*self.operands, c)
+
+    def problem(self, dtype: Any, c: np.ndarray | None) -> Problem:
+        return self.form.problem(*self.arguments(dtype, c))
 
 
 def forms(seed: int = 0) -> Iterator[Form]:
@@ -216,8 +224,7 @@ FORMS = list(forms())
 
 def run(form: Form, dtype: Any, c: np.ndarray | None = None, choose: Callable | None = None):
     """The op's result on a GPU if there is one; with configs from `choose` if it is given."""
-    params = dataclasses.replace(form.params, preferred_element_type=jnp.dtype(dtype))
-    operands = form.operands if c is None else (*form.operands, c)
+    params, operands = form.arguments(dtype, c)
     batched = form.form.groups == "dense" and form.operands[0].ndim == 3
     with mock.patch.object(dense, "choose", choose or dense.choose):
         # A function of its own, lest JAX should take what another config was compiled to.
@@ -229,10 +236,7 @@ def run(form: Form, dtype: Any, c: np.ndarray | None = None, choose: Callable | 
 
 def every_config(form: Form, dtype: Any, c: np.ndarray | None = None) -> Iterator[tuple[Any, Any]]:
     """Each config and the result that it gives on few multiprocessors."""
-    params = dataclasses.replace(form.params, preferred_element_type=jnp.dtype(dtype))
-    operands = form.operands if c is None else (*form.operands, c)
-    problem = form.form.problem(params, operands)
-    for config, _ in candidates(problem, cuda_device()):
+    for config, _ in candidates(form.problem(dtype, c), cuda_device()):
         with mock.patch.object(AnyConfig, "num_sms", lambda config, device: SMS):
             d = run(form, dtype, c, lambda problem, device, config=config: config)
         yield config, d

@@ -54,8 +54,8 @@ gemm::Matrix matrix(const ffi::AnyBuffer& x) {
   return {x.untyped_data(), dims.size() == 3 ? length(3) : 1, length(2), length(1)};
 }
 
-// A and its scale, B and its scale, what tells the groups, and C, which lies in D's place; without
-// those that the kernel has no use for.
+// A and its scale, B and its scale, and what tells the groups, without those that the kernel has no
+// use for. C, which comes last, lies in D's place.
 gemm::Operands operands_of(const ffi::RemainingArgs& args, ffi::RemainingRets& results, int scales,
                            int groups, bool by_id) {
   size_t number = 0;

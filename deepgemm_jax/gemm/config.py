@@ -268,7 +268,7 @@ FEW_ROWS = (
     (128, 2, 2),
     (128, 3, 1),
 )
-FEW = 32  # Tiles of twice as many rows as A has are left out, but of these none.
+FEW = 32  # Tiles of twice as many rows as A has are left out, with A's counted as no fewer.
 # Until the first bytes are there; the bytes of A and B that one multiprocessor multiplies, and
 # promotes if they have scales; those that it exchanges in its cluster; an element's store.
 FIRST_BYTES_US = 3.2
@@ -335,6 +335,10 @@ def _moved_bytes(problem: Problem) -> float:
     )
 
 
+def _read_us(moved: float, device: Device) -> float:
+    return moved / (READ * device.memory_gbs * 1e3)
+
+
 @functools.cache
 def _likely_sizes(groups: int, kind: str) -> np.ndarray:
     """[draws, groups]: how many times the mean a group may be. Only the device knows; a router
@@ -371,7 +375,7 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
         loaded = tile.block_m / tile.cluster_n + tile.block_n / tile.cluster_m
         block_us = max(block_us, loaded * ROW_BYTES / ACROSS_LINES_PER_US)
     busy_us = rounds * (blocks * block_us + tile.store_us)
-    memory_us = moved / (READ * device.memory_gbs * 1e3) + min(moved, L2_BYTES) * WRITTEN_BACK_US
+    memory_us = _read_us(moved, device) + min(moved, L2_BYTES) * WRITTEN_BACK_US
     # Neither hides the other wholly when they are nearly alike: their 3-norm is what fits.
     both_us = (busy_us**3 + memory_us**3) ** (1 / 3)
     return float(LAUNCH_US + (cluster > 1) * CLUSTER_US + both_us) * 1e-6
@@ -384,7 +388,7 @@ def _few_rows_seconds(problem: Problem, config: FewRows, device: Device) -> floa
     tiles_m, tiles_n = math.ceil(problem.m / rows), math.ceil(problem.n / columns)
     rounds = math.ceil(problem.batch * tiles_m * tiles_n / (config.num_sms(device) // split))
     blocks = math.ceil(problem.k / problem.block_k)
-    read_us = _moved_bytes(problem) / (READ * device.memory_gbs * 1e3)
+    read_us = _read_us(_moved_bytes(problem), device)
     multiplied = rounds * math.ceil(blocks / split) * (rows + columns) * ROW_BYTES
     multiply_us = multiplied / MULTIPLIED_PER_US[problem.scales]
     exchange_us = rounds * (split - 1) / split * rows * columns * 4 / EXCHANGED_PER_US

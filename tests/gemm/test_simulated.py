@@ -84,12 +84,10 @@ def test_each_element_is_one_tiles(tile, tmp_path):
 
 
 def check(form, dtype, shape, add, tmp_path):
-    params = dataclasses.replace(form.params, preferred_element_type=jnp.dtype(dtype))
-    operands, c = form.operands, None
+    c = None
     if add:
         c = np.random.default_rng(1).integers(-9, 9, form.expected.shape).astype(dtype)
-        operands = (*operands, c)
-    config = config_of_shape(form.form.problem(params, operands), shape)
+    config = config_of_shape(form.problem(dtype, c), shape)
     assert_exact(form, simulate(form, config, tmp_path, c), c)
 
 
