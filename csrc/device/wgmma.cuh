@@ -10,6 +10,10 @@
 
 namespace deepgemm {
 
+// An address as descriptors have it, in units of 16 bytes. In a cluster, the bits above name its
+// CTA.
+__forceinline__ uint64_t described(uint32_t shared) { return (shared & 0x3ffff) >> 4; }
+
 // Describes a tile of 128-byte rows with the 128-byte swizzle, as the copy engine writes it; it
 // starts at a multiple of 1024 bytes.
 //
@@ -19,15 +23,14 @@ namespace deepgemm {
 __forceinline__ uint64_t tile_descriptor(uint32_t shared, uint32_t box_bytes = 0) {
   constexpr uint64_t swizzle_128b = 1ull << 62;
   constexpr uint64_t eight_rows = (1024ull >> 4) << 32;
-  // In a cluster an address names its CTA above these bits.
-  const uint32_t in_cta = shared & 0x3ffff;
-  return swizzle_128b | eight_rows | static_cast<uint64_t>(box_bytes >> 4) << 16 | in_cta >> 4;
+  return swizzle_128b | eight_rows | static_cast<uint64_t>(box_bytes >> 4) << 16 |
+         described(shared);
 }
 
 // The same of rows of 32 bytes, with the 32-byte swizzle, K-major; it starts at a multiple of 256.
 __forceinline__ uint64_t narrow_tile_descriptor(uint32_t shared) {
   constexpr uint64_t swizzle_32b = 3ull << 62, eight_rows = (256ull >> 4) << 32;
-  return swizzle_32b | eight_rows | (shared & 0x3ffff) >> 4;
+  return swizzle_32b | eight_rows | described(shared);
 }
 
 __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -74,11 +74,7 @@ struct Reader {
   }
 
   // This warp's first row in the tile: found anew each time, lest a register holds it.
-  __forceinline__ int warp_row() const {
-    int thread = threadIdx.x;
-    asm volatile("" : "+r"(thread));
-    return first_row + thread % 128 / 32 * 16;
-  }
+  __forceinline__ int warp_row() const { return first_row + opaque(threadIdx.x) % 128 / 32 * 16; }
 
   __forceinline__ void wait() {
     if (!ready) barrier_wait(ring.full(), ring.parity);
@@ -119,7 +115,7 @@ struct Reader {
 // Zeroes what lies outside the group's range of K in the slot of the tile's first or last block, i.
 __forceinline__ void cut(const Ring& ring, uint32_t tile, int i) {
   const uint4 x = load_shared_quad(tile + 16);
-  const int k = (x.y + i) * config.block_k();
+  const int k = (x.z / config.block_k() + i) * config.block_k();
   const int first = max(int(x.z) - k, 0), end = min(int(x.w) - k, config.block_k());
   if (first == 0 && end == config.block_k()) return;
   const auto cut_operand = [&](uint32_t shared, int rows, bool mn_major) {
@@ -146,17 +142,14 @@ __forceinline__ void cut(const Ring& ring, uint32_t tile, int i) {
   named_barrier(1, config.consumers * 128);
 }
 
-// How many blocks the tile has, which is told with its first slot; 0 at the end, negative if this
-// consumer has no part in them.
-__forceinline__ int begin_tile(Reader& reader, int tile) {
-  reader.wait();
-  const int blocks = uniform(load_shared_int(reader.ring.tile(tile) + 16));
-  return config.slices() > 1 && reader.first_row == 0 ? abs(blocks) : blocks;
-}
-
-// Passes over the last tile's blocks.
-__forceinline__ void pass(Reader& reader, int blocks) {
-  if constexpr (config.slices() > 1) {
+// How many blocks the next tile has in which this consumer has rows to multiply; 0 at the end.
+// Passes over those of tiles in which it has none.
+__forceinline__ int begin_tile(Reader& reader, int& tile) {
+  for (;; tile = next_tile(tile)) {
+    reader.wait();
+    const uint4 told = load_shared_quad(reader.ring.tile(tile) + 16);
+    const int blocks = uniform(told.x), rows = uniform(told.y);
+    if (blocks == 0 || reader.first_row < rows) return blocks;
     for (int i = 0; i < blocks; ++i) {
       reader.wait();
       reader.release(reader.ring);
@@ -232,8 +225,7 @@ __forceinline__ void store_parts(const Params& p, const Sum& sum, const Ring& ri
   constexpr int box = config.box_bytes(), columns = config.block_n / parts;
   constexpr bool converts = sizeof(Staged) != sizeof(Out);
   // Opaque, lest all addresses are found once for all tiles and kept in registers.
-  int lane = threadIdx.x % 32;
-  asm volatile("" : "+r"(lane));
+  const int lane = opaque(threadIdx.x % 32);
   const auto staged = [&](int w) {
     return ring.d() + (warp_row + w * kWaveRows) * columns * int(sizeof(Staged));
   };
@@ -281,10 +273,9 @@ __forceinline__ void store(const Params& p, const Sum& sum, const Ring& ring, in
 
 // FP8: each product is promoted.
 __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
-  const int warp_row = reader.first_row + threadIdx.x % 128 / 32 * 16;
+  const int row = opaque(reader.warp_row() + threadIdx.x % 32 / 4);
   Part part;
-  int blocks;
-  for (int tile = 0; (blocks = begin_tile(reader, tile)) > 0; tile = next_tile(tile)) {
+  for (int tile = 0; const int blocks = begin_tile(reader, tile); tile = next_tile(tile)) {
     // Zeroed while the first product runs, but of two waves: for these the branch costs more.
     Sum sum;
     if constexpr (kWaves > 1) {
@@ -308,11 +299,10 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
         const Ring slot = reader.ring;
         if constexpr (config.scales == kBlocks) {
           // Read while the product runs.
-          const int row = warp_row + w * kWaveRows + threadIdx.x % 32 / 4;
 #pragma unroll
           for (int j = 0; j < 2 * kScalesPerRow; ++j) {
             const int half = j / kScalesPerRow, which = j % kScalesPerRow;
-            scale[half][which] = load_shared(slot.scale(row + half * 8, which));
+            scale[half][which] = load_shared(slot.scale(row + w * kWaveRows + half * 8, which));
           }
         }
         if (w == kWaves - 1) reader.advance();
@@ -334,9 +324,8 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
       // At the loop's end, where it is still in a predicate whether there is anything to wait for.
       reader.wait();
     }
-    store(p, sum, reader.ring, tile, warp_row);
+    store(p, sum, reader.ring, tile, reader.warp_row());
   }
-  pass(reader, -blocks);
 }
 
 // Without scales of blocks: a block's product runs while the one before it retires. Those of
@@ -354,8 +343,7 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
     for (int w = 0; w < kWaves; ++w) pin(sum[w]);
     if constexpr (promotes) pin(part);
   };
-  int blocks;
-  for (int tile = 0; (blocks = begin_tile(reader, tile)) > 0; tile = next_tile(tile)) {
+  for (int tile = 0; const int blocks = begin_tile(reader, tile); tile = next_tile(tile)) {
     Ring before = reader.ring;
     if (promotes) clear(sum[0]);
     pin_all();
@@ -390,7 +378,6 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
     reader.release(before);
     store(p, sum, reader.ring, tile, warp_row);
   }
-  pass(reader, -blocks);
 }
 
 __forceinline__ void consume(const Params& p, Ring ring, int consumer) {

@@ -57,12 +57,11 @@ struct Rows {
 };
 
 // What the consumers are told of a tile, before its first slot is full. One without blocks, in a
-// slot without data, is the end; a slice has a negative number of them.
+// slot without data, is the end.
 __forceinline__ void announce(uint32_t shared, const Tiles& tile) {
   store_shared_quad(shared, make_uint4(tile.m0, tile.m_end, tile.n0, tile.d_batch));
-  const int first_block = tile.first_block(), blocks = tile.last_block() - first_block;
   store_shared_quad(shared + 16,
-                    make_uint4(tile.slice() ? -blocks : blocks, first_block, tile.k0, tile.k_end));
+                    make_uint4(tile.blocks(), tile.multiplied_rows(), tile.k0, tile.k_end));
 }
 
 __forceinline__ void copy_tiles(const Params& p, Ring ring) {
@@ -321,7 +320,7 @@ __forceinline__ void copy_scales(const Params& p, Ring ring, int thread) {
           if (i < count && !tile.empty()) scales.template load<whole>(blocks[i], i);
         }
       };
-      int left = tile.last_block() - tile.first_block();
+      int left = tile.blocks();
       if (!at_once) load_all(left);
       for (; left > 0; left -= kAhead) {
         if (at_once) load_all(left);

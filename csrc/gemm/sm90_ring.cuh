@@ -11,6 +11,7 @@ constexpr Config config{CONFIG};
 
 constexpr int kScalesPerRow = config.scales_per_row();
 constexpr int kScaleWarps = 2;  // if there are scales
+constexpr int kFewBlocks = 32;  // of K
 
 // What every slot has, so many bytes from one slot's to the next one's: where it is, by way of
 // where the slot's barrier is, which takes one multiplication. The origin is that of a barrier at
@@ -205,6 +206,14 @@ struct Tiles {
   __forceinline__ int first_block() const { return k0 / config.block_k(); }
   __forceinline__ int last_block() const {
     return empty() ? first_block() + 1 : ceil_div(k_end, config.block_k());
+  }
+  __forceinline__ int blocks() const { return last_block() - first_block(); }
+
+  // Consumers without any rows of the tile pass over it, unless K is long. There it is worth more
+  // that all CTAs stay in step, and find in L2 what others have loaded.
+  __forceinline__ int multiplied_rows() const {
+    const bool may_pass = config.groups != kAlongK && blocks() <= kFewBlocks;
+    return slice() || may_pass ? m_end - m0 : config.block_m;
   }
 };
 
