@@ -249,14 +249,18 @@ DENSE_BF16_TILES = (
 CHANNELS = 1.23  # times a block's cost, if there is a scale for each column
 # Of a round, what one of slices takes, if scales are of blocks or the same for all of K.
 SLICED = {"blocks": {2: 0.78, 3: 0.69}, "rows": {2: 0.68, 3: 0.6}}
-LAUNCH_US = 3.0  # until the first bytes are there
+LAUNCH_US = 3.02  # until the first bytes are there
 CLUSTER_US = 0.4  # until the CTAs of a cluster have found each other
-READ = 0.917  # of what device memory moves at most
-# Of rows that begin anywhere in a line of L2, a multiprocessor loads no more bytes than that.
-LINE_BYTES = 128
+READ = 0.835  # of what device memory moves at most
+# So many bytes L2 hands to each multiprocessor, if all are at work; and if rows begin anywhere in a
+# line of it.
+LOADED_PER_US = 83e3
 ACROSS_LINES_PER_US = 75e3
+LINE_BYTES = 128
 L2_BYTES = 50e6
-WRITTEN_BACK_US = 0.057e-6  # for each byte, as long as L2 is full of what was written before
+WRITTEN_BACK_US = 0.05e-6  # for each byte, as long as L2 is full of what was written before
+KEPT = 0.5  # of a byte read, what one costs that is written and stays in L2
+KEPT_BYTES = 90 * 2**20  # at most; `l2_may_hold` in csrc
 
 # Of the kernel for few rows: rows of A in a tile, consumers, and the CTAs that divide K.
 FEW_ROWS = (
@@ -271,10 +275,10 @@ FEW_ROWS = (
 FEW = 32  # Tiles of twice as many rows as A has are left out, with A's counted as no fewer.
 # Until the first bytes are there; the bytes of A and B that one multiprocessor multiplies, and
 # promotes if they have scales; those that it exchanges in its cluster; an element's store.
-FIRST_BYTES_US = 3.2
-MULTIPLIED_PER_US = {"blocks": 78e3, "none": 190e3}
-EXCHANGED_PER_US = 15.8e3
-STORE_US = 2.7e-5
+FIRST_BYTES_US = 2.92
+MULTIPLIED_PER_US = {"blocks": 86e3, "none": 190e3}
+EXCHANGED_PER_US = 17.5e3
+STORE_US = 5.8e-5
 # So many bytes under way to a multiprocessor are enough, and so many stages. The more there are,
 # the later come those that were asked for first.
 IN_FLIGHT = 96 * 1024
@@ -327,12 +331,11 @@ def _row_bytes(problem: Problem) -> int:
     return math.ceil(problem.k / problem.block_k) * ROW_BYTES
 
 
-def _moved_bytes(problem: Problem) -> float:
-    out = 4 if problem.out_float32 else 2
-    return problem.batch * (
-        (problem.m + problem.n) * _row_bytes(problem)
-        + problem.m * problem.n * out * (2 if problem.accumulate else 1)
-    )
+def _moved_bytes(problem: Problem) -> tuple[float, float]:
+    """What is read and what is written."""
+    d = problem.m * problem.n * (4 if problem.out_float32 else 2)
+    operands = (problem.m + problem.n) * _row_bytes(problem)
+    return problem.batch * (operands + problem.accumulate * d), problem.batch * d
 
 
 def _read_us(moved: float, device: Device) -> float:
@@ -357,7 +360,7 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     rows = problem.m / (tile.block_m * tile.cluster_m)
     columns = math.ceil(problem.n / (tile.block_n * tile.cluster_n))
     at_once = device.num_sms // cluster
-    moved = _moved_bytes(problem)
+    read, written = _moved_bytes(problem)
     grouped = problem.groups in ("contiguous", "masked")
     if grouped:
         tiles = np.ceil(rows * _likely_sizes(problem.batch, problem.groups)).sum(1)
@@ -371,14 +374,19 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     block_us = tile.block_us * {"channels": CHANNELS, "rows": tile.rows}.get(problem.scales, 1)
     if grouped:
         block_us *= tile.groups
-    if problem.k * jnp.dtype(problem.a_dtype).itemsize % LINE_BYTES:
-        loaded = tile.block_m / tile.cluster_n + tile.block_n / tile.cluster_m
-        block_us = max(block_us, loaded * ROW_BYTES / ACROSS_LINES_PER_US)
-    busy_us = rounds * (blocks * block_us + tile.store_us)
-    memory_us = _read_us(moved, device) + min(moved, L2_BYTES) * WRITTEN_BACK_US
-    # Neither hides the other wholly when they are nearly alike: their 3-norm is what fits.
-    both_us = (busy_us**3 + memory_us**3) ** (1 / 3)
-    return float(LAUNCH_US + (cluster > 1) * CLUSTER_US + both_us) * 1e-6
+    across = problem.k * jnp.dtype(problem.a_dtype).itemsize % LINE_BYTES
+    per_us = ACROSS_LINES_PER_US if across else LOADED_PER_US
+    loaded = min(problem.m, tile.block_m) / tile.cluster_n + tile.block_n / tile.cluster_m
+    at_work = min(1, problem.batch * math.ceil(rows) * columns / at_once)
+    block_us = max(block_us, at_work * loaded * ROW_BYTES / per_us)
+    # The last store begins when all is read.
+    busy_us = rounds * (blocks * block_us + tile.store_us) - tile.store_us
+    memory_us = _read_us(read + written * (KEPT if written <= KEPT_BYTES else 1), device)
+    memory_us += min(read + written, L2_BYTES) * WRITTEN_BACK_US
+    # Neither hides the other wholly when they are nearly alike: their 4-norm is what fits.
+    both_us = (busy_us**4 + memory_us**4) ** (1 / 4)
+    us = LAUNCH_US + (cluster > 1) * CLUSTER_US + both_us + tile.store_us
+    return float(us) * 1e-6
 
 
 def _few_rows_seconds(problem: Problem, config: FewRows, device: Device) -> float:
@@ -388,13 +396,14 @@ def _few_rows_seconds(problem: Problem, config: FewRows, device: Device) -> floa
     tiles_m, tiles_n = math.ceil(problem.m / rows), math.ceil(problem.n / columns)
     rounds = math.ceil(problem.batch * tiles_m * tiles_n / (config.num_sms(device) // split))
     blocks = math.ceil(problem.k / problem.block_k)
-    read_us = _read_us(_moved_bytes(problem), device)
+    read_us = _read_us(sum(_moved_bytes(problem)), device)
     multiplied = rounds * math.ceil(blocks / split) * (rows + columns) * ROW_BYTES
     multiply_us = multiplied / MULTIPLIED_PER_US[problem.scales]
     exchange_us = rounds * (split - 1) / split * rows * columns * 4 / EXCHANGED_PER_US
     store_us = rounds * min(rows, problem.m) * columns / split * STORE_US
     both_us = math.hypot(read_us, multiply_us)
-    return (FIRST_BYTES_US + both_us + exchange_us + store_us) * 1e-6
+    first_us = FIRST_BYTES_US + (split > 1) * CLUSTER_US
+    return (first_us + both_us + exchange_us + store_us) * 1e-6
 
 
 def candidates(problem: Problem, device: Device) -> list[tuple[AnyConfig, float]]:
