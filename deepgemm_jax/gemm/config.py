@@ -20,6 +20,7 @@ ROW_BYTES = 128  # of an operand's tile, along the dim that is contiguous
 ELEMENTS = tuple(map(jnp.dtype, (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16)))
 SCALES = ("none", "blocks", "channels", "rows")
 GROUPS = ("dense", "contiguous", "masked", "along_k")
+ROW_GROUPS = ("contiguous", "masked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,6 +355,22 @@ def _likely_sizes(groups: int, kind: str) -> np.ndarray:
     return sizes / sizes.mean(1, keepdims=True) if kind == "contiguous" else sizes
 
 
+def _block_us(problem: Problem, tile: Tile, at_work: float) -> float:
+    """A tile's block of K, multiplied or, if that takes longer, loaded, with such a part of all
+    multiprocessors at work."""
+    block_us = tile.block_us * {"channels": CHANNELS, "rows": tile.rows}.get(problem.scales, 1)
+    if problem.groups in ROW_GROUPS:
+        block_us *= tile.groups
+    contiguous = (
+        problem.m if problem.a_mn_major else problem.k,
+        problem.n if problem.b_mn_major else problem.k,
+    )
+    across = any(n * jnp.dtype(problem.a_dtype).itemsize % LINE_BYTES for n in contiguous)
+    per_us = ACROSS_LINES_PER_US if across else LOADED_PER_US
+    loaded = min(problem.m, tile.block_m) / tile.cluster_n + tile.block_n / tile.cluster_m
+    return max(block_us, at_work * loaded * ROW_BYTES / per_us)
+
+
 def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     """The rounds of tiles over the multiprocessors, and the bytes to move meanwhile."""
     cluster = tile.cluster_m * tile.cluster_n
@@ -361,8 +378,7 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     columns = math.ceil(problem.n / (tile.block_n * tile.cluster_n))
     at_once = device.num_sms // cluster
     read, written = _moved_bytes(problem)
-    grouped = problem.groups in ("contiguous", "masked")
-    if grouped:
+    if problem.groups in ROW_GROUPS:
         tiles = np.ceil(rows * _likely_sizes(problem.batch, problem.groups)).sum(1)
         rounds = np.ceil(tiles * columns / at_once).mean()
     else:
@@ -371,14 +387,8 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
             sliced = rounds and rest * tile.slices <= at_once
             rounds += SLICED.get(problem.scales, {}).get(tile.slices, 1) if sliced else 1
     blocks = math.ceil(problem.k / problem.block_k)
-    block_us = tile.block_us * {"channels": CHANNELS, "rows": tile.rows}.get(problem.scales, 1)
-    if grouped:
-        block_us *= tile.groups
-    across = problem.k * jnp.dtype(problem.a_dtype).itemsize % LINE_BYTES
-    per_us = ACROSS_LINES_PER_US if across else LOADED_PER_US
-    loaded = min(problem.m, tile.block_m) / tile.cluster_n + tile.block_n / tile.cluster_m
     at_work = min(1, problem.batch * math.ceil(rows) * columns / at_once)
-    block_us = max(block_us, at_work * loaded * ROW_BYTES / per_us)
+    block_us = _block_us(problem, tile, at_work)
     # The last store begins when all is read.
     busy_us = rounds * (blocks * block_us + tile.store_us) - tile.store_us
     memory_us = _read_us(read + written * (KEPT if written <= KEPT_BYTES else 1), device)
