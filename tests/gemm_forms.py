@@ -217,6 +217,14 @@ def forms(seed: int = 0) -> Iterator[Form]:
             (a.T, b.T, starts, ends) if layout == "tn" else (a, b, starts, ends),
             sums(double(a), double(b)),
         )
+    # So many blocks of K that consumers without rows do not pass over a tile.
+    m, n, blocks = 200, 72, 33
+    a, b = data(m, 128 * blocks), data(n, 128 * blocks)
+    a_scale, b_scale = scale(m, blocks), scale(1, blocks)
+    a64, b64 = (double(x) * np.repeat(s, 128, -1) for x, s in ((a, a_scale), (b, b_scale)))
+    form, params = dense.Form("blocks"), dense.GemmParams()
+    operands = a, a_scale, b, b_scale
+    yield Form("long K", dense.fp8_gemm_nt, params, form, operands, product(a64, b64))
 
 
 FORMS = list(forms())
