@@ -11,6 +11,7 @@
 #include <string>
 
 #include "attention/handler.h"
+#include "device/types.h"
 #include "gemm/handler.h"
 #include "jit/compile.h"
 #include "jit/cuda.h"
@@ -106,6 +107,7 @@ NB_MODULE(_C, m) {
   m.def("nvrtc_version", [] { return jit::nvrtc_version(); }, WithoutGil());
   m.def("driver_version", jit::driver_version);
   m.def("memory_gbs", jit::memory_gbs, nb::arg("device"));
+  m.def("l2_may_hold", l2_may_hold, nb::arg("bytes"));
   m.def("statistics", [] {
     return std::map<std::string, int64_t>{{"compiled", jit::statistics.compiled},
                                           {"disk_hits", jit::statistics.disk_hits},

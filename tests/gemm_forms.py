@@ -57,16 +57,30 @@ def forms(seed: int = 0) -> Iterator[Form]:
     def scale(*shape):
         return np.exp2(rng.integers(-1, 2, shape)).astype(np.float32)
 
-    def wide(x, rows=1, k=BLOCKS_K):
+    def wide(x, rows=1, k=K):
         """A scale for each element."""
-        x = np.repeat(np.asarray(x, np.float64), rows, -2)
-        return np.repeat(x, 128, -1)[..., :K] if k > 1 else x
+        return np.repeat(np.repeat(np.asarray(x, np.float64), rows, -2), 128, -1)[..., :k]
 
     def double(x):
         return np.asarray(x, np.float64)
 
     def product(a, b):
         return a @ np.swapaxes(b, -1, -2)
+
+    def by_blocks(name, *shape, k=K):
+        *batch, m, n = shape
+        a, b = data(*batch, m, k), data(*batch, n, k)
+        blocks_n, blocks_k = -(-n // 128), -(-k // 128)
+        a_scale, b_scale = scale(*batch, m, blocks_k), scale(*batch, blocks_n, blocks_k)
+        b64 = double(b) * wide(b_scale, 128, k)[..., :n, :]
+        return Form(
+            name,
+            dense.fp8_gemm_nt,
+            dense.GemmParams(),
+            dense.Form("blocks"),
+            (a, a_scale, b, b_scale),
+            product(double(a) * wide(a_scale, k=k), b64),
+        )
 
     # Dense, FP8.
     for a_type, b_type in ((jnp.float8_e4m3fn,) * 2, (jnp.float8_e5m2, jnp.float8_e4m3fn)):
@@ -92,18 +106,8 @@ def forms(seed: int = 0) -> Iterator[Form]:
             )
     # The same of few rows, which another kernel may compute.
     for *batch, m, n in ((1, N), (2, 17, N + 1), (128, N + 8)):
-        a, b = data(*batch, m, K), data(*batch, n, K)
-        a_scale, b_scale = scale(*batch, m, BLOCKS_K), scale(*batch, BLOCKS_N, BLOCKS_K)
-        b64 = double(b) * wide(b_scale, 128)[..., :n, :]
-        yield Form(
-            f"{m} rows",
-            dense.fp8_gemm_nt,
-            dense.GemmParams(),
-            dense.Form("blocks"),
-            (a, a_scale, b, b_scale),
-            product(double(a) * wide(a_scale), b64),
-        )
-        a, b = (data(*x.shape, dtype=jnp.bfloat16) for x in (a, b))
+        yield by_blocks(f"{m} rows", *batch, m, n)
+        a, b = (data(*batch, rows, K, dtype=jnp.bfloat16) for rows in (m, n))
         yield Form(
             f"{m} rows bf16",
             dense.bf16_gemm_nt,
@@ -218,13 +222,7 @@ def forms(seed: int = 0) -> Iterator[Form]:
             sums(double(a), double(b)),
         )
     # So many blocks of K that consumers without rows do not pass over a tile.
-    m, n, blocks = 200, 72, 33
-    a, b = data(m, 128 * blocks), data(n, 128 * blocks)
-    a_scale, b_scale = scale(m, blocks), scale(1, blocks)
-    a64, b64 = (double(x) * np.repeat(s, 128, -1) for x, s in ((a, a_scale), (b, b_scale)))
-    form, params = dense.Form("blocks"), dense.GemmParams()
-    operands = a, a_scale, b, b_scale
-    yield Form("long K", dense.fp8_gemm_nt, params, form, operands, product(a64, b64))
+    yield by_blocks("long K", 200, 72, k=33 * 128)
 
 
 FORMS = list(forms())

@@ -261,7 +261,6 @@ LINE_BYTES = 128
 L2_BYTES = 50e6
 WRITTEN_BACK_US = 0.05e-6  # for each byte, as long as L2 is full of what was written before
 KEPT = 0.5  # of a byte read, what one costs that is written and stays in L2
-KEPT_BYTES = 90 * 2**20  # at most; `l2_may_hold` in csrc
 
 # Of the kernel for few rows: rows of A in a tile, consumers, and the CTAs that divide K.
 FEW_ROWS = (
@@ -332,7 +331,7 @@ def _row_bytes(problem: Problem) -> int:
     return math.ceil(problem.k / problem.block_k) * ROW_BYTES
 
 
-def _moved_bytes(problem: Problem) -> tuple[float, float]:
+def _moved_bytes(problem: Problem) -> tuple[int, int]:
     """What is read and what is written."""
     d = problem.m * problem.n * (4 if problem.out_float32 else 2)
     operands = (problem.m + problem.n) * _row_bytes(problem)
@@ -377,21 +376,21 @@ def _seconds(problem: Problem, tile: Tile, device: Device) -> float:
     rows = problem.m / (tile.block_m * tile.cluster_m)
     columns = math.ceil(problem.n / (tile.block_n * tile.cluster_n))
     at_once = device.num_sms // cluster
-    read, written = _moved_bytes(problem)
+    tiles = problem.batch * math.ceil(rows) * columns
     if problem.groups in ROW_GROUPS:
-        tiles = np.ceil(rows * _likely_sizes(problem.batch, problem.groups)).sum(1)
-        rounds = np.ceil(tiles * columns / at_once).mean()
+        drawn = np.ceil(rows * _likely_sizes(problem.batch, problem.groups)).sum(1) * columns
+        rounds = np.ceil(drawn / at_once).mean()
     else:
-        rounds, rest = divmod(problem.batch * math.ceil(rows) * columns, at_once)
+        rounds, rest = divmod(tiles, at_once)
         if rest:
             sliced = rounds and rest * tile.slices <= at_once
             rounds += SLICED.get(problem.scales, {}).get(tile.slices, 1) if sliced else 1
     blocks = math.ceil(problem.k / problem.block_k)
-    at_work = min(1, problem.batch * math.ceil(rows) * columns / at_once)
-    block_us = _block_us(problem, tile, at_work)
+    block_us = _block_us(problem, tile, min(1, tiles / at_once))
     # The last store begins when all is read.
     busy_us = rounds * (blocks * block_us + tile.store_us) - tile.store_us
-    memory_us = _read_us(read + written * (KEPT if written <= KEPT_BYTES else 1), device)
+    read, written = _moved_bytes(problem)
+    memory_us = _read_us(read + written * (KEPT if _C.l2_may_hold(written) else 1), device)
     memory_us += min(read + written, L2_BYTES) * WRITTEN_BACK_US
     # Neither hides the other wholly when they are nearly alike: their 4-norm is what fits.
     both_us = (busy_us**4 + memory_us**4) ** (1 / 4)
