@@ -137,7 +137,10 @@ struct alignas(16) Span {
   int unused;
 };
 
-constexpr int kRunsThreads = 1024;  // of the kernel that finds the spans of rows
+// Of runs.cuh, which finds the spans of rows: one cluster.
+constexpr int kRunsCtas = 8, kRunsThreads = 256, kRunsWarps = kRunsCtas * kRunsThreads / 32;
+constexpr int kToldBytes = 16;  // that a CTA is told by each warp, and of a barrier
+constexpr int kRunsSharedBytes = 2 * (1 + kRunsWarps) * kToldBytes;
 
 struct Params {
   TensorMap a, b;

@@ -41,7 +41,7 @@ ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(std::string_view source,
 ffi::Error initialize(GemmState* state) {
   return jit::guarded(kOp, [&] {
     state->kernel.prepare(smem_bytes(state->config));
-    if (state->runs) state->runs->prepare(0);
+    if (state->runs) state->runs->prepare(gemm::kRunsSharedBytes);
   });
 }
 
@@ -81,7 +81,9 @@ void launch(const Config& config, const GemmState& state, jit::CUstream stream,
   auto [params, clusters] = gemm::plan(config, state.num_sms, operands);
   if (state.runs) {
     void* runs_args[] = {&operands.groups[0], &params.m, &params.num_groups, &params.spans};
-    state.runs->launch({stream, 1, gemm::kRunsThreads, 1, 0, /*pdl=*/true}, runs_args);
+    state.runs->launch({stream, gemm::kRunsCtas, gemm::kRunsThreads, gemm::kRunsCtas,
+                        gemm::kRunsSharedBytes, /*pdl=*/true},
+                       runs_args);
   }
   void* kernel_args[] = {&params};
   state.kernel.launch(

@@ -1,8 +1,9 @@
 // spans[i] = the i-th run of rows of one group, for the id of each row's group, and spans[m - i]
 // the i-th run of rows of none. Behind the last ones, between the two, a span that starts at m.
 //
-// One CTA. Each warp takes a stretch of rows and has all of their ids under way at once. It marks
-// where runs start, learns how many start before its own, and writes them.
+// One cluster. Each warp takes a stretch of rows and has all of their ids under way at once. It
+// marks where runs start, tells all CTAs how many, learns how many start before its own, and writes
+// them.
 #pragma once
 
 #include "device/ptx.cuh"
@@ -10,29 +11,58 @@
 
 namespace deepgemm::gemm {
 
-constexpr int kWarps = kRunsThreads / 32;
-static_assert(kWarps == 32);  // a lane for each
 // Of a warp through its stretch, at most: a lane's marks are the bits of a word.
 constexpr int kSteps = 32;
 
-// Runs of groups and runs of none; of one chunk they fit a word.
+// Runs of groups and runs of none.
 struct Count {
   int of_groups = 0, of_none = 0;
 
-  __forceinline__ Count operator+(uint32_t packed) const {
-    return {of_groups + int(packed >> 16), of_none + int(packed & 0xffff)};
+  __forceinline__ Count operator+(Count x) const {
+    return {of_groups + x.of_groups, of_none + x.of_none};
   }
 };
 
-__forceinline__ uint32_t count(uint32_t starts, uint32_t none) {
-  return __popc(starts & ~none) << 16 | __popc(starts & none);
+__forceinline__ Count count(uint32_t starts, uint32_t none) {
+  return {__popc(starts & ~none), __popc(starts & none)};
 }
+
+__forceinline__ Count sum_of_lanes(Count x) {
+  return {int(__reduce_add_sync(0xffffffff, x.of_groups)),
+          int(__reduce_add_sync(0xffffffff, x.of_none))};
+}
+
+// Where a CTA is told, of one chunk of rows, how many runs start in each warp's stretch.
+struct Told {
+  uint32_t barrier;  // counts the bytes that are there
+
+  __forceinline__ uint32_t by(int warp) const { return barrier + (1 + warp) * kToldBytes; }
+  __forceinline__ void tell_all(int warp, Count own) const {
+    const int lane = threadIdx.x % 32;
+    if (lane >= kRunsCtas) return;
+    const float x[4] = {__int_as_float(own.of_groups), __int_as_float(own.of_none)};
+    send(at_cta(by(warp), lane), at_cta(barrier, lane), x);
+  }
+  __forceinline__ Count operator[](int warp) const {
+    const uint4 x = load_shared_quad(by(warp));
+    return {int(x.x), int(x.y)};
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(kRunsThreads)
     kernel(const int* ids, int m, int groups, Span* spans) {
-  __shared__ uint32_t counts[kWarps];  // of runs that start in its stretch
+  extern __shared__ __align__(16) char memory[];
+  // While some still read of one chunk, others may tell of the next one.
+  const auto told = [&](int number) {
+    return Told{shared_address(memory) + number % 2 * (kRunsSharedBytes / 2)};
+  };
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) barrier_init(told(i).barrier, 1);
+    fence_barrier_init();
+  }
+  cluster_arrive();
   wait_for_previous_kernel();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = blockIdx.x * (kRunsThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto id_of = [&](int row) {
     const int id = __ldg(ids + row);
     return id >= 0 && id < groups ? id : -1;
@@ -43,9 +73,9 @@ extern "C" __global__ void __launch_bounds__(kRunsThreads)
   };
 
   Count before;
-  for (int chunk = 0; chunk < m; chunk += kRunsThreads * kSteps) {
+  for (int number = 0, chunk = 0; chunk < m; ++number, chunk += kRunsWarps * 32 * kSteps) {
     // All warps have a share of a short chunk.
-    const int steps = min(kSteps, ceil_div(m - chunk, kRunsThreads));
+    const int steps = min(kSteps, ceil_div(m - chunk, kRunsWarps * 32));
     const int first = chunk + warp * 32 * steps;
     int id[kSteps];
 #pragma unroll
@@ -63,15 +93,23 @@ extern "C" __global__ void __launch_bounds__(kRunsThreads)
       none |= uint32_t{id[i] < 0} << i;
       last = id[i];
     }
-    const uint32_t own = __reduce_add_sync(0xffffffff, count(starts, none));
-    if (lane == 0) counts[warp] = own;
-    __syncthreads();
+    const Count own = sum_of_lanes(count(starts, none));
+    const Told all = told(number);
+    if (threadIdx.x == 0) barrier_arrive_expect(all.barrier, kRunsWarps * kToldBytes);
+    if (number == 0) cluster_wait();  // every CTA has set up its barriers
+    all.tell_all(warp, own);
+    barrier_wait(all.barrier, number / 2 % 2);
     // The GEMM is there when the runs are; earlier, it would but wait.
     let_next_kernel_start();
 
-    const uint32_t of_warp = counts[lane];
-    Count run = before + __reduce_add_sync(0xffffffff, lane < warp ? of_warp : 0);
-    before = before + __reduce_add_sync(0xffffffff, of_warp);
+    Count run, total;
+#pragma unroll
+    for (int other = lane; other < kRunsWarps; other += 32) {
+      total = total + all[other];
+      if (other < warp) run = run + all[other];
+    }
+    run = before + sum_of_lanes(run);
+    before = before + sum_of_lanes(total);
     // At most steps there is none.
     for (uint32_t left = __reduce_or_sync(0xffffffff, starts); left; left &= left - 1) {
       const int i = __ffs(left) - 1;
@@ -87,9 +125,8 @@ extern "C" __global__ void __launch_bounds__(kRunsThreads)
       }
       run = run + count(starting, of_none);
     }
-    __syncthreads();
   }
-  if (threadIdx.x == 0) {
+  if (warp == 0 && lane == 0) {
     spans[before.of_groups].start = spans[m - before.of_none].start = m;
     span_of(id_of(m - 1), before, 1).end = m;
   }

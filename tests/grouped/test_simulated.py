@@ -28,7 +28,7 @@ def expected_runs(ids: np.ndarray) -> list[tuple[int, int, int]]:
     return [(start, end, ids[start]) for start, end in zip(borders, borders[1:], strict=False)]
 
 
-@pytest.mark.parametrize("m", [1, 31, 1000, 40_000])  # 32,768 rows are looked at at once
+@pytest.mark.parametrize("m", [1, 31, 1000, 140_000])  # 65,536 rows are looked at at once
 @pytest.mark.parametrize("longest", [1, 40, 30_000])
 def test_runs(find_runs, m, longest):
     rng = np.random.default_rng(m)

@@ -4,5 +4,5 @@
 
 extern "C" void run(const int* ids, int m, int groups, deepgemm::gemm::Span* spans) {
   using namespace deepgemm::gemm;
-  sim::launch(1, kRunsThreads, 1, [&] { kernel(ids, m, groups, spans); });
+  sim::launch(kRunsCtas, kRunsThreads, kRunsCtas, [&] { kernel(ids, m, groups, spans); });
 }
