@@ -142,14 +142,56 @@ __forceinline__ void cut(const Ring& ring, uint32_t tile, int i) {
   named_barrier(1, config.consumers * 128);
 }
 
+// Where a warp's 16 rows of a tile's sums belong.
+struct Output {
+  int row, end;  // the first one, and the first that is not the tile's
+  int column, batch;
+
+  __forceinline__ Output(uint32_t tile, int row_in_tile) {
+    const uint4 x = load_shared_quad(tile);
+    row = x.x + row_in_tile;
+    end = x.y;
+    column = x.z;
+    batch = x.w;
+  }
+
+  __forceinline__ long long first(const Params& p) const {
+    return (static_cast<long long>(batch) * p.m + row) * p.n;
+  }
+};
+
+// Zeroes a warp's rows of D.
+__forceinline__ void clear_rows(const Params& p, uint32_t tile, int warp_row) {
+  constexpr int size = 16 / sizeof(Out), chunks = config.block_n / size;
+#pragma unroll 1
+  for (int w = 0; w < kWaves; ++w) {
+    const Output to(tile, warp_row + w * kWaveRows);
+    Out* d = static_cast<Out*>(p.d) + to.first(p) + to.column;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < min(to.end - to.row, 16) * chunks; i += 32) {
+      const int column = i % chunks * size, left = p.n - to.column - column;
+      Out* x = d + static_cast<long long>(i / chunks) * p.n + column;
+      if (p.n % size == 0) {
+        if (left > 0) *reinterpret_cast<uint4*>(x) = make_uint4(0, 0, 0, 0);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < min(size, left); ++j) x[j] = 0;
+      }
+    }
+  }
+}
+
 // How many blocks the next tile has in which this consumer has rows to multiply; 0 at the end.
 // Passes over those of tiles in which it has none.
-__forceinline__ int begin_tile(Reader& reader, int& tile) {
+__forceinline__ int begin_tile(const Params& p, Reader& reader, int& tile) {
   for (;; tile = next_tile(tile)) {
     reader.wait();
     const uint4 told = load_shared_quad(reader.ring.tile(tile) + 16);
     const int blocks = uniform(told.x), rows = uniform(told.y);
     if (blocks == 0 || reader.first_row < rows) return blocks;
+    if (config.groups == kContiguous && !config.accumulate && rows == 0) {
+      clear_rows(p, reader.ring.tile(tile), reader.warp_row());
+    }
     for (int i = 0; i < blocks; ++i) {
       reader.wait();
       reader.release(reader.ring);
@@ -198,24 +240,6 @@ __forceinline__ void load_factors(Part& factors, const Ring& slot, int row) {
     }
   }
 }
-
-// Where a warp's 16 rows of a tile's sums belong.
-struct Output {
-  int row, end;  // the first one, and the first that is not the tile's
-  int column, batch;
-
-  __forceinline__ Output(uint32_t tile, int row_in_tile) {
-    const uint4 x = load_shared_quad(tile);
-    row = x.x + row_in_tile;
-    end = x.y;
-    column = x.z;
-    batch = x.w;
-  }
-
-  __forceinline__ long long first(const Params& p) const {
-    return (static_cast<long long>(batch) * p.m + row) * p.n;
-  }
-};
 
 // Writes a consumer's sums by way of shared memory, so many parts of their columns one after the
 // other. Each warp hands its own rows to the copy engine: nothing outside the warp waits.
@@ -275,7 +299,7 @@ __forceinline__ void store(const Params& p, const Sum& sum, const Ring& ring, in
 __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
   const int row = opaque(reader.warp_row() + threadIdx.x % 32 / 4);
   Part part;
-  for (int tile = 0; const int blocks = begin_tile(reader, tile); tile = next_tile(tile)) {
+  for (int tile = 0; const int blocks = begin_tile(p, reader, tile); tile = next_tile(tile)) {
     // Zeroed while the first product runs, but of two waves: for these the branch costs more.
     Sum sum;
     if constexpr (kWaves > 1) {
@@ -343,7 +367,7 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
     for (int w = 0; w < kWaves; ++w) pin(sum[w]);
     if constexpr (promotes) pin(part);
   };
-  for (int tile = 0; const int blocks = begin_tile(reader, tile); tile = next_tile(tile)) {
+  for (int tile = 0; const int blocks = begin_tile(p, reader, tile); tile = next_tile(tile)) {
     Ring before = reader.ring;
     if (promotes) clear(sum[0]);
     pin_all();

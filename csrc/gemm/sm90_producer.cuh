@@ -106,7 +106,10 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
     };
     barrier_wait(ring.empty(), ring.parity);
     announce(ring.tile(number), tile);
-    if (tile.a_whole() && tile.b_whole()) {
+    if (tile.of_none()) {
+      barrier_arrive(ring.full());
+      ring.advance();
+    } else if (tile.a_whole() && tile.b_whole()) {
       copy.template operator()<true>();
     } else {
       copy.template operator()<false>();

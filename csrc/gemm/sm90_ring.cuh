@@ -144,8 +144,7 @@ struct Tiles {
         k_end = span.end;
         span.start = 0;
       } else {
-        k0 = span.group < 0 ? p.blocks_k * config.block_k() : 0;
-        k_end = p.k;
+        k_end = span.group < 0 ? 0 : p.k;
         span.group = max(span.group, 0);
         m_end = span.end;
       }
@@ -201,8 +200,10 @@ struct Tiles {
   __forceinline__ bool b_whole() const { return n0 + config.block_n <= p.n; }
 
   // Blocks of K, counted from K's beginning wherever the group's is. There is one at least: where
-  // nothing is to be added up, of zeros, which lie behind K's end or are cut out.
+  // nothing is to be added up, zeros are, for all of it is cut out, or nothing is loaded.
   __forceinline__ bool empty() const { return k_end <= k0; }
+  // Of rows of no group.
+  __forceinline__ bool of_none() const { return config.groups == kContiguous && empty(); }
   __forceinline__ int first_block() const { return k0 / config.block_k(); }
   __forceinline__ int last_block() const {
     return empty() ? first_block() + 1 : ceil_div(k_end, config.block_k());
@@ -212,6 +213,7 @@ struct Tiles {
   // Consumers without any rows of the tile pass over it, unless K is long. There it is worth more
   // that all CTAs stay in step, and find in L2 what others have loaded.
   __forceinline__ int multiplied_rows() const {
+    if (of_none()) return 0;
     const bool may_pass = config.groups != kAlongK && blocks() <= kFewBlocks;
     return slice() || may_pass ? m_end - m0 : config.block_m;
   }

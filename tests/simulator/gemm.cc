@@ -16,7 +16,7 @@ extern "C" void run(const deepgemm::gemm::Operands* operands, int num_sms) {
   using namespace deepgemm::gemm;
   auto [params, clusters] = plan(config, num_sms, *operands);
   if (operands->spans) {
-    sim::launch(1, kRunsThreads, 1, [&] {
+    sim::launch(kRunsCtas, kRunsThreads, kRunsCtas, [&] {
       runs_kernel(operands->groups[0], params.m, params.num_groups, operands->spans);
     });
   }
