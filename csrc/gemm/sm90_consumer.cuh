@@ -189,7 +189,7 @@ __forceinline__ int begin_tile(const Params& p, Reader& reader, int& tile) {
     const uint4 told = load_shared_quad(reader.ring.tile(tile) + 16);
     const int blocks = uniform(told.x), rows = uniform(told.y);
     if (blocks == 0 || reader.first_row < rows) return blocks;
-    if (config.groups == kContiguous && !config.accumulate && rows == 0) {
+    if (config.groups == kContiguous && rows == 0) {
       clear_rows(p, reader.ring.tile(tile), reader.warp_row());
     }
     for (int i = 0; i < blocks; ++i) {

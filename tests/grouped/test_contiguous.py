@@ -121,6 +121,15 @@ def test_sizes_wider_than_their_dtype_holds_rows():
     more=0,
     dtype=jnp.float32,
 )
+@example(
+    name="m_grouped_fp8_gemm_nt_contiguous",
+    seed=1,
+    n=37,
+    k=48,
+    sizes=[3, 0, 90],
+    more=20,
+    dtype=jnp.bfloat16,
+)
 def test_shapes(platform, name, seed, n, k, sizes, more, dtype):
     form, m = Form(name), max(0, sum(sizes) + more)
     a, b = form.problem(seed, m, n, k, len(sizes))
