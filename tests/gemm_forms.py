@@ -222,7 +222,7 @@ def forms(seed: int = 0) -> Iterator[Form]:
             sums(double(a), double(b)),
         )
     # So many blocks of K that consumers without rows do not pass over a tile.
-    yield by_blocks("long K", 200, 72, k=33 * 128)
+    yield by_blocks("long K", 200, 96, k=33 * 128)
 
 
 FORMS = list(forms())

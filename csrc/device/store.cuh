@@ -47,6 +47,32 @@ __forceinline__ void stage_rows(const float* sum, uint32_t shared, int lane) {
   }
 }
 
+// Adds to a warp's 16 rows of accumulators what is staged as they are.
+template <class Staged, int box, int count>
+__forceinline__ void add_rows(float* sum, uint32_t shared, int lane) {
+  constexpr int chunks = box / 16, size = sizeof(Staged);
+  const int column = lane % 4 * 2 * size;  // in bytes, of the thread's first two of eight
+  const uint32_t first = staged<box>(shared, lane / 4, column / 16) + column % 16;
+#pragma unroll
+  for (int j = 0; j < count / 4; ++j) {
+    const int chunk = j * size / 2;
+    const uint32_t at = (first ^ chunk % chunks * 16) + chunk / chunks * (16 * box);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float* x = &sum[4 * j + 2 * half];
+      if constexpr (size == 2) {
+        const uint32_t pair = load_shared_int(at + half * (8 * box));
+        x[0] += __uint_as_float(pair << 16);
+        x[1] += __uint_as_float(pair & 0xffff0000);
+      } else {
+        const float2 pair = load_shared_pair(at + half * (8 * box));
+        x[0] += pair.x;
+        x[1] += pair.y;
+      }
+    }
+  }
+}
+
 // The first `rows` of the staged rows, `width` columns wide, to d and on, `columns` apart, or added
 // to what is there. There are none if either is negative.
 template <class Staged, int box, class Out>

@@ -2,7 +2,7 @@
 //   a_scale[m, kb] * b_scale[n / 128, kb] * (A[m, kb] . B[n, kb])        (kBlocks; see Scales)
 // for one problem, for a batch, or for groups that are found on the device (see Groups).
 //
-//   copy thread   tiles of A and B      \                         consumer 0: the first rows
+//   copy thread   tiles of A and B, C   \                         consumer 0: the first rows
 //   scale warps   their scales          / ring of `stages` slots  consumer 1: the next ones
 //
 //   full[s]:  the slot's bytes have landed.  empty[s]: every reader of the slot, in every CTA that

@@ -192,7 +192,7 @@ __forceinline__ int begin_tile(const Params& p, Reader& reader, int& tile) {
     if (config.groups == kContiguous && rows == 0) {
       clear_rows(p, reader.ring.tile(tile), reader.warp_row());
     }
-    for (int i = 0; i < blocks; ++i) {
+    for (int i = 0; i < blocks + slots_of_c(p, blocks); ++i) {
       reader.wait();
       reader.release(reader.ring);
       reader.advance();
@@ -241,11 +241,32 @@ __forceinline__ void load_factors(Part& factors, const Ring& slot, int row) {
   }
 }
 
+// sum += C, if it comes behind the tile's blocks.
+__forceinline__ void add_c(const Params& p, Reader& reader, Sum& sum, int blocks) {
+  for (int slot = 0; slot < slots_of_c(p, blocks); ++slot) {
+    reader.wait();
+#pragma unroll
+    for (int part = 0; part < config.parts(); ++part) {
+#pragma unroll
+      for (int w = 0; w < kWaves; ++w) {
+        const int row = (reader.warp_row() + w * kWaveRows) / 16;
+        const int box = uniform(part * config.row_boxes() + row - slot * config.c_boxes());
+        if (box < 0 || box >= config.c_boxes()) continue;
+        add_rows<Out, config.box_bytes(), config.part_n() / 2>(
+            sum[w] + part * config.part_n() / 2, reader.ring.c(box), opaque(threadIdx.x % 32));
+      }
+    }
+    reader.release(reader.ring);
+    reader.advance();
+    reader.test();
+  }
+}
+
 // Writes a consumer's sums by way of shared memory, so many parts of their columns one after the
 // other. Each warp hands its own rows to the copy engine: nothing outside the warp waits.
 template <class Staged, int parts>
 __forceinline__ void store_parts(const Params& p, const Sum& sum, const Ring& ring, uint32_t tile,
-                                 int warp_row) {
+                                 int warp_row, bool add) {
   constexpr int box = config.box_bytes(), columns = config.block_n / parts;
   constexpr bool converts = sizeof(Staged) != sizeof(Out);
   // Opaque, lest all addresses are found once for all tiles and kept in registers.
@@ -270,10 +291,10 @@ __forceinline__ void store_parts(const Params& p, const Sum& sum, const Ring& ri
       // The copy engine stops at the end of D, not at that of a group.
       if (converts || !p.copy_engine || config.groups == kContiguous && to.end - to.row < 16) {
         copy_rows<Staged, box>(staged(w), static_cast<Out*>(p.d) + to.first(p) + column,
-                               min(to.end - to.row, 16), min(columns, p.n - column), p.n,
-                               config.accumulate, lane);
+                               min(to.end - to.row, 16), min(columns, p.n - column), p.n, add,
+                               lane);
       } else if (lane == 0 && (config.groups != kMasked || to.row < to.end)) {
-        if constexpr (config.accumulate) {
+        if (config.out_float32 && add) {
           tma_add(&p.store, staged(w), 0, to.row, column / config.box_n(), to.batch);
         } else {
           tma_store(&p.store, staged(w), 0, to.row, column / config.box_n(), to.batch,
@@ -285,13 +306,16 @@ __forceinline__ void store_parts(const Params& p, const Sum& sum, const Ring& ri
   }
 }
 
-__forceinline__ void store(const Params& p, const Sum& sum, const Ring& ring, int tile,
-                           int warp_row) {
-  if constexpr (config.accumulate && !config.out_float32) {
+// Adds a tile's sums to C and stores them.
+__forceinline__ void store(const Params& p, Reader& reader, Sum& sum, int tile, int blocks) {
+  const uint32_t told = reader.ring.tile(tile);
+  const bool add = config.accumulate && slots_of_c(p, blocks) == 0;
+  add_c(p, reader, sum, blocks);
+  if (!config.out_float32 && add) {
     // In float32, lest the sum with D is rounded twice.
-    store_parts<float, 2 * config.parts()>(p, sum, ring, ring.tile(tile), warp_row);
+    store_parts<float, 2 * config.parts()>(p, sum, reader.ring, told, reader.warp_row(), add);
   } else {
-    store_parts<Out, config.parts()>(p, sum, ring, ring.tile(tile), warp_row);
+    store_parts<Out, config.parts()>(p, sum, reader.ring, told, reader.warp_row(), add);
   }
 }
 
@@ -348,7 +372,7 @@ __forceinline__ void multiply_and_promote(const Params& p, Reader reader) {
       // At the loop's end, where it is still in a predicate whether there is anything to wait for.
       reader.wait();
     }
-    store(p, sum, reader.ring, tile, reader.warp_row());
+    store(p, reader, sum, tile, blocks);
   }
 }
 
@@ -400,7 +424,7 @@ __forceinline__ void multiply(const Params& p, Reader reader) {
       for (int j = 0; j < config.block_n / 2; ++j) sum[0][j] *= factors[j];
     }
     reader.release(before);
-    store(p, sum, reader.ring, tile, warp_row);
+    store(p, reader, sum, tile, blocks);
   }
 }
 

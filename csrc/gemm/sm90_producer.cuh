@@ -64,6 +64,23 @@ __forceinline__ void announce(uint32_t shared, const Tiles& tile) {
                     make_uint4(tile.blocks(), tile.multiplied_rows(), tile.k0, tile.k_end));
 }
 
+// What a tile's sums are added to.
+__forceinline__ void copy_c(const Params& p, const Tiles& tile, Ring& ring) {
+  for (int slot = 0; slot < slots_of_c(p, tile.blocks()); ++slot) {
+    const int first = slot * config.c_boxes();
+    const int count = min(config.row_boxes() * config.parts() - first, config.c_boxes());
+    barrier_wait(ring.empty(), ring.parity);
+    barrier_arrive_expect(ring.full(), count * config.c_box_bytes());
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int part = (first + i) / config.row_boxes(), row = (first + i) % config.row_boxes();
+      tma_load_4d(ring.c(i), &p.store, ring.full(), 0, tile.m0 + row * 16,
+                  (tile.n0 + part * config.part_n()) / config.box_n(), tile.d_batch);
+    }
+    ring.advance();
+  }
+}
+
 __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   ring.parity = 1;  // slots are free from the first
   Tiles tile(p);
@@ -114,6 +131,7 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
     } else {
       copy.template operator()<false>();
     }
+    copy_c(p, tile, ring);
   }
   barrier_wait(ring.empty(), ring.parity);
   store_shared_quad(ring.tile(number) + 16, make_uint4(0, 0, 0, 0));
@@ -313,6 +331,10 @@ template <class Scales>
 __forceinline__ void copy_scales(const Params& p, Ring ring, int thread) {
   constexpr bool at_once = config.scales == kChannels;
   ring.parity = 1;  // slots are free from the first
+  const auto full = [&] {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
+  };
   for (Tiles tile(p); !tile.done; tile.next()) {
     Scales scales(p, tile, thread);
     const auto copy = [&]<bool whole>() {
@@ -332,8 +354,7 @@ __forceinline__ void copy_scales(const Params& p, Ring ring, int thread) {
           if (left == i) break;
           barrier_wait(ring.empty(), ring.parity);
           scales.store(blocks[i], ring, left == i + 1);
-          __syncwarp();
-          if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
+          full();
           if (!at_once && i + kAhead < left) scales.template load<whole>(blocks[i], i);
           ring.advance();
         }
@@ -344,9 +365,14 @@ __forceinline__ void copy_scales(const Params& p, Ring ring, int thread) {
     } else {
       copy.template operator()<false>();
     }
+    for (int left = slots_of_c(p, tile.blocks()); left > 0; --left) {
+      barrier_wait(ring.empty(), ring.parity);
+      full();
+      ring.advance();
+    }
   }
   barrier_wait(ring.empty(), ring.parity);
-  if (threadIdx.x % 32 == 0) barrier_arrive(ring.full());
+  full();
 }
 
 }  // namespace deepgemm::gemm

@@ -12,6 +12,15 @@ constexpr Config config{CONFIG};
 constexpr int kScalesPerRow = config.scales_per_row();
 constexpr int kScaleWarps = 2;  // if there are scales
 constexpr int kFewBlocks = 32;  // of K
+constexpr int kShortSum = 16;   // blocks of K
+
+// How many slots behind a tile's blocks bring C. A float32 C is added to by the copy engine unless
+// K is short: L2 takes long for such a store, which long tiles hide. Where D's rows are no whole
+// boxes, threads add.
+__forceinline__ int slots_of_c(const Params& p, int blocks) {
+  const bool loaded = config.accumulate && (!config.out_float32 || blocks <= kShortSum);
+  return loaded && p.copy_engine ? config.c_slots() : 0;
+}
 
 // What every slot has, so many bytes from one slot's to the next one's: where it is, by way of
 // where the slot's barrier is, which takes one multiplication. The origin is that of a barrier at
@@ -51,6 +60,10 @@ struct Ring {
   uint32_t memory() const { return first - kFull; }
   uint32_t a() const { return memory() + (at - first) * (config.a_bytes() / 8); }
   uint32_t b() const { return memory() + kB + (at - first) * (config.b_bytes() / 8); }
+  uint32_t c(int box) const {
+    return box < config.c_boxes_in_a() ? a() + box * config.c_box_bytes()
+                                       : b() + (box - config.c_boxes_in_a()) * config.c_box_bytes();
+  }
   uint32_t d() const { return memory() + kD; }
   uint32_t scales() const { return all_scales.of(at); }
   // kBlocks: of a row, with the first or second block of columns. kRows: of A's rows, then B's.

@@ -27,6 +27,7 @@ BY_NAME = {form.name: form for form in FORMS}
         ("channels float8_e4m3fn", jnp.bfloat16, (64, 128), False),
         ("rows float8_e4m3fn", jnp.bfloat16, (192, 128), False),
         ("long K", jnp.bfloat16, (192, 128), False),
+        ("long K", jnp.float32, (128, 128), True),
         ("bf16 nt", jnp.float32, (128, 256), False),
         ("bf16 tn", jnp.bfloat16, (128, 256), False),
         ("bf16 nt", jnp.bfloat16, (128, 128), True),
