@@ -18,6 +18,7 @@ BY_NAME = {form.name: form for form in FORMS}
 @pytest.mark.parametrize(
     ("name", "dtype", "tile", "add"),
     [
+        ("blocks float8_e4m3fn", jnp.bfloat16, (256, 128), False),
         ("blocks float8_e4m3fn", jnp.bfloat16, (256, 128), True),
         ("blocks float8_e4m3fn", jnp.float32, (192, 128), True),
         ("blocks float8_e5m2", jnp.bfloat16, (128, 160), True),
