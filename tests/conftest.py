@@ -6,6 +6,8 @@ import os
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# NVRTC has a cache too where there is a driver. From there nothing is said of registers and spills.
+os.environ["CUDA_CACHE_DISABLE"] = "1"
 
 import jax
 import pytest
