@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--flush-mb",
         type=int,
         default=8192,
-        help="bytes written before each call to empty the L2 cache; default: %(default)s",
+        help="MiB written before each call to empty the L2 cache; default: %(default)s",
     )
     bench.add_argument(
         "--configs",

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from . import _C, _compile_worker
-from ._core.device import cuda_device
+from ._core.device import ARCHS, cuda_device
 from ._progress import Progress
 
 
@@ -133,6 +133,7 @@ def warmup(*, jobs: int | None = None) -> int:
     return _warmup(
         {
             **gemm.by_source(gemm.variants(device)),
+            gemm.Runs.source: [gemm.Runs()],
             attention.LOGITS_SOURCE: attention.logits_variants(device),
             attention.TOPK_SOURCE: attention.TOPK_VARIANTS,
             layout.SOURCE: layout.variants(),
@@ -172,6 +173,8 @@ def warmup_shapes(
 def _warmup(configs: Mapping[str, Iterable[Any]], jobs: int | None) -> int:
     """Of each source, these configs."""
     arch = cuda_device().arch
+    if arch not in ARCHS:
+        raise NotImplementedError(f"there are no kernels for {arch}, only for {', '.join(ARCHS)}")
     variants = {
         Variant(source, dataclasses.astuple(config), arch)
         for source, of_source in configs.items()

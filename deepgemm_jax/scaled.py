@@ -120,9 +120,10 @@ class ScaledArray:
             if block == 1 or (isinstance(entry, slice) and entry == slice(None)):
                 of_scale.append(entry)
             elif entries == 1 and not self._is_packed():
-                # One scale for all; what drops the dim drops it here, and what repeats it does not.
-                drops = not isinstance(entry, slice | list) and getattr(entry, "ndim", 0) == 0
-                of_scale.append(0 if drops else slice(None))
+                # One scale for all. Of integers as many zeros: where their dim lands depends on
+                # where others are.
+                sliced = isinstance(entry, slice)
+                of_scale.append(slice(None) if sliced else np.zeros(np.shape(entry), int))
             else:
                 raise IndexError(
                     f"{self!r} has a scale for every {block} of {length} along axis {axis}: "

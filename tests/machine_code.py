@@ -40,6 +40,11 @@ def disassemble(source: str, config: Any) -> str:
         ).stdout
 
 
+def assert_compiles_without_spills(source: str, config: Any) -> None:
+    log = _C.compile(source, dataclasses.astuple(config), ARCH).log
+    assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log)
+
+
 def assert_nothing_spilled(code: str) -> None:
     assert not re.search(r"\b(LDL|STL)\b", code), "registers are spilled to local memory"
     assert re.search(r"\bSTACK:0\b.*\bLOCAL:0\b", code), "the kernel has a stack"

@@ -1,4 +1,4 @@
-// XLA's entry points to the dense GEMM.
+// XLA's entry points to the GEMMs, dense and grouped.
 #pragma once
 
 #include <string_view>

@@ -45,6 +45,13 @@ class Kernel:
     refuses: Callable[[Any, Sequence[Any]], str | None] = lambda params, operands: None
 
 
+def check_implementation(name: str, implementation: str | None) -> None:
+    if implementation not in (None, "cuda", "xla"):
+        raise ValueError(
+            f"{name}: implementation is {implementation!r}, wanted None, 'cuda' or 'xla'"
+        )
+
+
 class Op:
     """An op, from which its JAX primitive is made.
 
@@ -115,11 +122,7 @@ class Op:
 
     def __call__(self, *operands: jax.Array, params: Params) -> Any:
         """The op's result or results; ValueError or TypeError for operands that do not fit."""
-        if params.implementation not in (None, "cuda", "xla"):
-            raise ValueError(
-                f"{self.name}: implementation is {params.implementation!r}, "
-                "wanted None, 'cuda' or 'xla'"
-            )
+        check_implementation(self.name, params.implementation)
         self.signature.check(operands, params)
         if self.check is not None:
             self.check(params, operands)

@@ -1,4 +1,4 @@
-"""Sums of sizes that only the device knows."""
+"""Sizes that only the device knows, and their sums."""
 
 import jax
 import jax.numpy as jnp
@@ -12,3 +12,20 @@ def ends(sizes: jax.Array, most: int) -> jax.Array:
     # All together may not fit. Where each step is cut, no later one does harm; but XLA fuses the
     # steps to code that grows with each, which takes it seconds.
     return jax.lax.associative_scan(lambda x, y: jnp.minimum(x + y, most), sizes, axis=axis)
+
+
+def clamp(x: jax.Array, most: int, least: int = 0) -> jax.Array:
+    """As int32, between the bounds."""
+    # Unsigned integers have no bound below 0.
+    x = widen(x)
+    x = (
+        jnp.minimum(x, most)
+        if jnp.issubdtype(x.dtype, jnp.unsignedinteger)
+        else jnp.clip(x, least, most)
+    )
+    return x.astype(jnp.int32)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """In no fewer than 32 bits, which hold any bound."""
+    return x if x.dtype.itemsize >= 4 else x.astype(jnp.int32)

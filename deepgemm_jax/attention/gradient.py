@@ -24,7 +24,7 @@ def quantize_rows(x):
 def mqa_logits(params, q, kv, weights, start, end):
     (q, q_scale), (kv, kv_scale) = quantize_rows(q), quantize_rows(kv)
     weights = weights.astype(jnp.float32) * q_scale
-    return op.fp8_mqa_logits(q, kv, kv_scale, weights, start, end, params=params)
+    return op.mqa_logits(q, kv, kv_scale, weights, start, end, params=params)
 
 
 def _forward(params, *operands):

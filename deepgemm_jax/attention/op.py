@@ -83,21 +83,29 @@ def _logits_kernel(target):
     return Kernel(target=target, archs=ARCHS, attributes=attributes, refuses=refuses)
 
 
-fp8_mqa_logits = Op(
-    "fp8_mqa_logits",
-    operands=LOGITS_OPERANDS,
-    results={"logits": "logits_dtype[s columns]"},
-    limits={"h": (1, 1)},
-    check=lambda params, operands: _check_head_dim("fp8_mqa_logits", operands[0]),
-    reference=reference.fp8_mqa_logits,
-    kernel=_logits_kernel("deepgemm_jax_mqa_logits"),
-    derivative="its operands are quantised. mqa_logits takes them in float and has one",
-    batched=True,
-    fold=("s",),
-    # Starts and ends count from the first key, and the ReLU is of a whole product.
-    whole=("t", "d"),
-    divide=_divide_heads,
+def _logits(name: str, derivative: str) -> Op:
+    return Op(
+        name,
+        operands=LOGITS_OPERANDS,
+        results={"logits": "logits_dtype[s columns]"},
+        limits={"h": (1, 1)},
+        check=lambda params, operands: _check_head_dim(name, operands[0]),
+        reference=reference.fp8_mqa_logits,
+        kernel=_logits_kernel("deepgemm_jax_mqa_logits"),
+        derivative=derivative,
+        batched=True,
+        fold=("s",),
+        # Starts and ends count from the first key, and the ReLU is of a whole product.
+        whole=("t", "d"),
+        divide=_divide_heads,
+    )
+
+
+fp8_mqa_logits = _logits(
+    "fp8_mqa_logits", "its operands are quantised. mqa_logits takes them in float and has one"
 )
+# The same of operands in float, once they are quantised.
+mqa_logits = _logits("mqa_logits", "mqa_logits can be differentiated once")
 
 BACKWARD_OPERANDS = {
     "q": "float32|bfloat16|float16[s h d]",

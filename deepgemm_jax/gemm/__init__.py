@@ -145,7 +145,8 @@ def fp8_gemm_nn(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Arra
         >>> print(fp8_gemm_nn(a, b)[0, 0])
         32
     """
-    return fp8_gemm_nt(a, transposed("fp8_gemm_nn", "b", b), c, **options)
+    b = transposed("fp8_gemm_nn", "b", b, options.get("implementation"))
+    return fp8_gemm_nt(a, b, c, **options)
 
 
 def fp8_gemm_tn(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Array:
@@ -162,7 +163,10 @@ def fp8_gemm_tn(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Arra
         >>> print(fp8_gemm_tn(x, x)[0, 0])
         64
     """
-    a, b = transposed("fp8_gemm_tn", "a", a), transposed("fp8_gemm_tn", "b", b)
+    a, b = (
+        transposed("fp8_gemm_tn", name, x, options.get("implementation"))
+        for name, x in (("a", a), ("b", b))
+    )
     return fp8_gemm_nt(a, b, c, **options)
 
 
@@ -181,7 +185,8 @@ def fp8_gemm_tt(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Arra
         >>> print(fp8_gemm_tt(a, b)[0, 0])
         32
     """
-    return fp8_gemm_nt(transposed("fp8_gemm_tt", "a", a), b, c, **options)
+    a = transposed("fp8_gemm_tt", "a", a, options.get("implementation"))
+    return fp8_gemm_nt(a, b, c, **options)
 
 
 def fp8_gemm_1d2d(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Array:

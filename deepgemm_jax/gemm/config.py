@@ -162,6 +162,13 @@ class Config(AnyConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class Runs:
+    """The only variant of the kernel that goes before the product of rows told by id."""
+
+    source: ClassVar[str] = "gemm/runs.cuh"
+
+
+@dataclasses.dataclass(frozen=True)
 class FewRows(AnyConfig):
     """One variant of the kernel for few rows: see ``csrc/gemm/config.h`` too."""
 

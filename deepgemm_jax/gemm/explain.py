@@ -40,9 +40,10 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
       args, kwargs: its arguments, as arrays or as `jax.ShapeDtypeStruct`.
 
     Returns:
-      An `Explanation` for each GEMM that a kernel computes, in the order in which they are lowered;
-      each prints as its problem and a line for every config that there is for it, the best first,
-      with the time that the cost model predicts, and a star at the one taken.
+      An `Explanation` for each GEMM that a kernel computes, in the order in which they are lowered,
+      one for all that are alike, which JAX lowers once. Each prints as its problem and a line for
+      every config that there is for it, the best first, with the time that the cost model predicts,
+      and a star at the one taken.
 
     Example:
 

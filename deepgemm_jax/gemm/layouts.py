@@ -10,7 +10,9 @@ from ..scaled import ScaledArray, unpack
 ALIGNED = 16  # bytes of a row, as the copy engine wants them
 
 
-def transposed(op: str, name: str, x: Any, ndim: int = 2) -> ScaledArray:
+def transposed(
+    op: str, name: str, x: Any, implementation: str | None, ndim: int = 2
+) -> ScaledArray:
     """A scaled operand with its last two dims interchanged, its data filled up with zeros to whole
     rows of 16 bytes."""
     data, scale = unpack(op, name, x)
@@ -20,4 +22,6 @@ def transposed(op: str, name: str, x: Any, ndim: int = 2) -> ScaledArray:
         )
     rows = -data.shape[-2] % ALIGNED
     data = jnp.pad(data, [*[(0, 0)] * (ndim - 2), (0, rows), (0, 0)])
-    return ScaledArray(layout_transpose(data), jnp.swapaxes(scale, -1, -2))
+    # "cuda" is asked of the product: the transposition's kernel takes fewer shapes.
+    plain = "xla" if implementation == "xla" else None
+    return ScaledArray(layout_transpose(data, implementation=plain), jnp.swapaxes(scale, -1, -2))

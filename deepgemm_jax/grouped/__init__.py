@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._core import sums
 from ..scaled import ScaledArray, unpack
 from . import groups, op
 from .ragged import ragged_dot, ragged_dot_general
@@ -606,7 +607,7 @@ def _masked(which, a, b, masked_m, zero_fill, params):
     rows = shape[1] if len(shape) > 1 else 0
     outside = (masked_m < 0) | (masked_m > rows)
     groups.report(which.name, f"masked_m outside of 0 to {rows}", outside)
-    masked_m = groups.clamp(masked_m, rows)
+    masked_m = sums.clamp(masked_m, rows)
     d = which(*a, *b, masked_m, params=params)
     if not zero_fill:
         return d

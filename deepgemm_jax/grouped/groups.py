@@ -31,13 +31,13 @@ def spans(sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     A negative size counts as 0. Where the sizes add up to more than there are rows, the groups end
     with the rows.
     """
-    ends = sums.ends(clamp(sizes, rows), rows)
+    ends = sums.ends(sums.clamp(sizes, rows), rows)
     return jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], -1), ends
 
 
 def spans_of_offsets(offsets: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """The same from G + 1 offsets. A group whose end is before its start is empty."""
-    offsets = jax.lax.cummax(clamp(offsets, rows))
+    offsets = jax.lax.cummax(sums.clamp(offsets, rows))
     return offsets[:-1], offsets[1:]
 
 
@@ -46,7 +46,7 @@ def shard(
 ) -> tuple[jax.Array, jax.Array]:
     """The spans of `count` groups from the group `first` on; a group that there is not is empty."""
     groups = starts.shape[-1]
-    index = clamp(first, groups, least=-count) + jnp.arange(count, dtype=jnp.int32)
+    index = sums.clamp(first, groups, least=-count) + jnp.arange(count, dtype=jnp.int32)
     before, behind = index < 0, index >= groups
 
     def take(x):
@@ -69,7 +69,7 @@ def row_ids(op: str, rows: int, groups: int, m_indices: Any) -> jax.Array:
     """The group of each row; -1 where there is no such group."""
     m_indices = integers(op, "m_indices", m_indices, (rows,))
     # Compared before it is cast: a wide id must not become a narrow one that is in range.
-    wide = _widen(m_indices)
+    wide = sums.widen(m_indices)
     report(op, f"m_indices that are no group's of {groups} nor -1", (wide < -1) | (wide >= groups))
     found = (m_indices >= 0) & (wide < groups)
     return jnp.where(found, m_indices.astype(jnp.int32), PADDING)
@@ -88,7 +88,7 @@ def row_spans(
     offsets = integers(op, "group_offsets", group_offsets, wanted)
     if not offsets.size:
         raise ValueError(f"{op}: group_offsets has shape (0,), wanted one more than groups")
-    wide = _widen(offsets)
+    wide = sums.widen(offsets)
     report(op, f"group_offsets outside of 0 to {rows}", (wide < 0) | (wide > rows))
     report(op, "group_offsets less than the one before", wide[1:] < wide[:-1])
     return spans_of_offsets(offsets, rows)
@@ -119,20 +119,3 @@ def exactly_one(op: str, **spellings: Any) -> None:
             f"{op}: {' and '.join(given) or 'nothing'} given to say which rows are whose, wanted "
             f"exactly one of {', '.join(spellings)}"
         )
-
-
-def clamp(x: jax.Array, most: int, least: int = 0) -> jax.Array:
-    """As int32, between the bounds."""
-    # Unsigned integers have no bound below 0.
-    x = _widen(x)
-    x = (
-        jnp.minimum(x, most)
-        if jnp.issubdtype(x.dtype, jnp.unsignedinteger)
-        else jnp.clip(x, least, most)
-    )
-    return x.astype(jnp.int32)
-
-
-def _widen(x: jax.Array) -> jax.Array:
-    """In no fewer than 32 bits, which hold any bound."""
-    return x if x.dtype.itemsize >= 4 else x.astype(jnp.int32)

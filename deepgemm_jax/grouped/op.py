@@ -59,7 +59,8 @@ def _by_transposing(nt: Op, *positions: int) -> dict[str, Any]:
     def reference(params, *operands):
         arrays = list(operands)
         for i in positions:
-            x = transposed(nt.name, "operand", (arrays[i], arrays[i + 1]), arrays[i].ndim)
+            pair = arrays[i], arrays[i + 1]
+            x = transposed(nt.name, "operand", pair, params.implementation, arrays[i].ndim)
             arrays[i : i + 2] = x.data, x.scale
         return nt.bind(params, arrays)
 

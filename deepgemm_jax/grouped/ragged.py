@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 from jax.sharding import AbstractMesh
 
-from .._core import compat
+from .._core import compat, sums
+from .._core.op import check_implementation
 from ..scaled import BLOCK, ScaledArray, unpack
 from . import groups, op, reference
 from .op import PlainParams
@@ -200,10 +201,7 @@ def _ragged_dot_general(
     group_offset: Any,
     implementation: str | None,
 ) -> jax.Array:
-    if implementation not in (None, "cuda", "xla"):
-        raise ValueError(
-            f"{name}: implementation is {implementation!r}, wanted None, 'cuda' or 'xla'"
-        )
+    check_implementation(name, implementation)
     group_sizes = jnp.asarray(group_sizes)
     if group_offset is not None:
         group_offset = jnp.asarray(group_offset)
@@ -317,7 +315,7 @@ def _spans(
         return first, last
     if dims.group:
         return groups.shard(first, last, rows, group_offset, rhs_shape[dims.group[0]])
-    before = jnp.arange(shape[-1]) < groups.clamp(group_offset, shape[-1])
+    before = jnp.arange(shape[-1]) < sums.clamp(group_offset, shape[-1])
     return jnp.where(before, last, first), last
 
 

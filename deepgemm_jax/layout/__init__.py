@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from .._core import sums
 from .._core.device import cuda_device
 from ..scaled import BLOCK, PACKED, pack_ue8m0
 from . import op
@@ -109,7 +110,7 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any, group_sizes:
     Args:
       sf: float32 [S, MN], powers of two: a row of scales for every 128 of K, groups one after
         another, each of which has ceil(size / 128) rows.
-      group_sizes: int32 [G], how much of K each group has: on the device, and free to change
+      group_sizes: integers [G], how much of K each group has: on the device, and free to change
         without compiling again. Sizes below 0 count as 0.
 
     Returns:
@@ -132,7 +133,7 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any, group_sizes:
     sf = _scales(name, sf, (jnp.float32,))
     sizes = jnp.asarray(group_sizes)
     if not jnp.issubdtype(sizes.dtype, jnp.integer):
-        raise TypeError(f"{name}: group_sizes has dtype {sizes.dtype}, wanted int32")
+        raise TypeError(f"{name}: group_sizes has dtype {sizes.dtype}, wanted integers")
     if sf.ndim != 2 or sizes.ndim != 1 or not len(sizes):
         raise ValueError(
             f"{name}: group_sizes has shape {sizes.shape} for sf of shape {sf.shape}, "
@@ -140,7 +141,7 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any, group_sizes:
         )
     rows = sf.shape[0]
     # Each size alone is cut first: no sum can come round.
-    blocks = (jnp.clip(sizes.astype(jnp.int32), 0, rows * BLOCK) + BLOCK - 1) // BLOCK
+    blocks = (sums.clamp(sizes, rows * BLOCK) + BLOCK - 1) // BLOCK
     words = (blocks + PACKED - 1) // PACKED
     last_words = jnp.cumsum(words)
     word = jnp.arange(rows // PACKED + len(sizes), dtype=jnp.int32)
@@ -151,7 +152,7 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any, group_sizes:
     row = (jnp.cumsum(blocks) - blocks)[group][:, None] + within
     row = jnp.where(within < blocks[group][:, None], row, rows)
     # The scale whose exponent is 0 stands where there is none.
-    gathered = jnp.take(sf, row, axis=0, mode="fill", fill_value=0)
+    gathered = jnp.pad(sf, ((0, 1), (0, 0)))[row]
     return pack_ue8m0(jnp.swapaxes(gathered, 1, 2))[..., 0]
 
 

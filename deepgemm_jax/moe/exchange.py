@@ -224,23 +224,23 @@ def send(way: Exchange, tokens: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """In which dtypes rows go over it, as they are if None; float8_e4m3fn is scaled per token."""
+    """In which dtypes rows go over it; float8_e4m3fn is scaled per token."""
 
-    out: Any = None
-    back: Any = None
-    implementation: str | None = None
+    out: Any
+    back: Any
+    implementation: str | None
 
     def send(self, way: Exchange, x: jax.Array) -> jax.Array:
         if self.out == jnp.float8_e4m3fn:
             narrow = per_token_cast_to_fp8(x, implementation=self.implementation)
             return send(way, narrow).dequantize(x.dtype)
-        return send(way, x if self.out is None else x.astype(self.out)).astype(x.dtype)
+        return send(way, x.astype(self.out)).astype(x.dtype)
 
     def send_back(self, way: Exchange, rows: jax.Array) -> jax.Array:
         if self.back == jnp.float8_e4m3fn:
             narrow, packed = self._cast_and_pack(rows)
             return way.collect(unpack(way.send_back(packed), narrow))
-        return way.collect(way.send_back(rows if self.back is None else rows.astype(self.back)))
+        return way.collect(way.send_back(rows.astype(self.back)))
 
     def _cast_and_pack(self, x: jax.Array) -> tuple[ScaledArray, jax.Array]:
         """The cast makes room for the scales: `pack` would copy what a kernel wrote."""

@@ -16,9 +16,9 @@ from ..grouped import (
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
-from ..quantize import per_token_cast_to_fp8, swiglu_quantize
+from ..quantize import per_token_cast_to_fp8, prepare_weight, swiglu_quantize
 from ..scaled import ScaledArray
-from ..training import grouped_mlp
+from ..training import Recipe, grouped_mlp
 from .permutation import Permutation, permute, unpermute
 
 Weight = Any  # jax.Array | ScaledArray
@@ -65,6 +65,7 @@ def masked_mlp(
     group_sizes: jax.Array,
     router_weights: jax.Array,
     *,
+    recipe: Any,
     implementation: str | None,
 ) -> jax.Array:
     """Rows [G C, K], of which each group has C, the first `group_sizes[g]` of them used."""
@@ -77,6 +78,11 @@ def masked_mlp(
         return x.reshape(-1, x.shape[-1])
 
     w_gate_up = gate_up_matrix(w_gate_up)
+    if not isinstance(w_down, ScaledArray) and Recipe.of("moe_layer", recipe).forward == "fp8":
+        w_gate_up, w_down = (
+            prepare_weight(w, layout="kn", implementation=implementation)
+            for w in (w_gate_up, w_down)
+        )
     if isinstance(w_down, ScaledArray):
         x = by_group(scaled(x, implementation))
         h = m_grouped_fp8_gemm_nt_masked(x, w_gate_up, group_sizes, implementation=implementation)
@@ -125,6 +131,6 @@ def local_experts(
     plan = Permutation.of(experts, w_down.shape[0], rows, capacity=rows if masked else None)
     of_rows = permute(weights.reshape(-1), plan.of_slots())
     operands = permute(x, plan), w_gate_up, w_down, plan.group_sizes, of_rows
-    compute = masked_mlp if masked else functools.partial(mlp, recipe=recipe)
-    y = compute(*operands, implementation=implementation)
+    compute = masked_mlp if masked else mlp
+    y = compute(*operands, recipe=recipe, implementation=implementation)
     return unpermute(y, plan), plan.group_sizes.sum()

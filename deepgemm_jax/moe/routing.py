@@ -110,7 +110,7 @@ def drop_over_capacity(experts: Any, num_experts: int, capacity: int) -> jax.Arr
         >>> print(drop_over_capacity(jnp.array([[0], [1], [0], [0]]), 2, capacity=2).ravel())
         [ 0  1  0 -1]
     """
-    plan = Permutation.of(experts, num_experts, num_experts * capacity, capacity)
+    plan = Permutation.of(experts, num_experts, capacity=capacity)
     return jnp.where(plan.row < num_experts * capacity, jnp.asarray(experts, jnp.int32), -1)
 
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from .._core import sums
 from .._core.op import Op
 from ..scaled import BLOCK, ScaledArray, pack_ue8m0
 from . import config, op, reference
@@ -285,13 +286,15 @@ ScaledArray(float8_e4m3fn[64,640], scale=float32[64,5]) [256   0 128]
         return _scaled(results[:2], scale_format), _scaled(results[2:], scale_format)
     group_sizes = jnp.asarray(group_sizes)
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise TypeError(f"{name}: group_sizes has dtype {group_sizes.dtype}, wanted int32")
+        raise TypeError(f"{name}: group_sizes has dtype {group_sizes.dtype}, wanted integers")
     if x.ndim != 2 or group_sizes.ndim != 1 or not len(group_sizes):
         raise ValueError(
             f"{name}: group_sizes has shape {group_sizes.shape} for x of shape {x.shape}, "
             "wanted at least one group, in 1 dimension for 2"
         )
-    m, group_sizes = x.shape[0], group_sizes.astype(jnp.int32)
+    m = x.shape[0]
+    if group_sizes.dtype != jnp.int32:  # which is clamped where it is read
+        group_sizes = sums.clamp(group_sizes, m)
     columns = BLOCK * (m // BLOCK + len(group_sizes))
     params = op.GroupedParams(**vars(params), columns=columns)
     results = op.quantize_transpose_grouped(x, group_sizes, params=params)

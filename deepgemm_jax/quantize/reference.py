@@ -117,7 +117,7 @@ def quantize_transpose_grouped(params, x, sizes):
     group = jnp.minimum(group, len(sizes) - 1)
     offset = column - (padded_ends - fill_up(sizes))[group]
     row = jnp.where(offset < sizes[group], starts[group] + offset, m)
-    gathered = jnp.take(x, row, axis=0, mode="fill", fill_value=0)
+    gathered = jnp.pad(x, ((0, 1), (0, 0)))[row]
     grouped = jnp.arange(m) < sizes.sum()
     return [*cast(params, jnp.where(grouped[:, None], x, 0)), *cast(params, gathered.T)]
 
@@ -145,7 +145,7 @@ def activation_quantize(params, x, weights=None, *, gated=False):
 def _sum_blocks(x: jax.Array) -> jax.Array:
     *outer, k = x.shape
     x = jnp.pad(x, [(0, 0)] * len(outer) + [(0, -k % BLOCK)])
-    return x.reshape(*outer, -1, BLOCK).sum(axis=-1)
+    return x.reshape(*outer, x.shape[-1] // BLOCK, BLOCK).sum(axis=-1)
 
 
 def activation_quantize_backward(params, x, dy, weights=None, *, gated=False):

@@ -23,7 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core import compat
+from .._core import compat, sums
+from .._core.op import check_implementation
 from ..grouped import groups
 from . import linear, mlp
 from .products import MULTIPLE, Groups, Products
@@ -206,6 +207,8 @@ def grouped_mlp(
         router_weights = _array(name, "router_weights", router_weights, x.shape[:1])
         router_weights = router_weights.astype(jnp.float32)
     main_grads = (None, None) if main_grads is None else tuple(main_grads)
+    if len(main_grads) != 2:
+        raise ValueError(f"{name}: main_grads has {len(main_grads)} arrays, wanted a pair")
     main_grads = tuple(map(functools.partial(_main_grad, name), main_grads, weights))
     of = _groups(name, x.shape[0], group_sizes, group_offset, count)
     products = _products(name, x, recipe, implementation)
@@ -246,6 +249,7 @@ def _main_grad(name: str, main_grad: Any, w: jax.Array) -> jax.Array | None:
 def _products(
     name: str, x: jax.Array, recipe: Recipe | str, implementation: str | None
 ) -> Products:
+    check_implementation(name, implementation)
     return Products(Recipe.of(name, recipe), x.dtype, jax.typeof(x).sharding, implementation)
 
 
@@ -254,7 +258,12 @@ def _groups(name: str, rows: int, group_sizes: Any, group_offset: Any, count: in
     sizes = groups.integers(name, "group_sizes", group_sizes, wanted)
     first = jnp.asarray(0 if group_offset is None else group_offset)
     first = groups.integers(name, "group_offset", first.reshape(-1), (1,))[0]
-    return Groups(groups.clamp(sizes, rows), first, count)
+    if count > len(sizes):
+        raise ValueError(
+            f"{name}: there are {count} weights, wanted no more than the {len(sizes)} group_sizes"
+        )
+    groups.report_sizes(name, sizes, rows)
+    return Groups(sums.clamp(sizes, rows), first, count)
 
 
 def _vary_alike(name: str, operands: Any, main_grads: Any) -> Any:

@@ -73,7 +73,9 @@ class Products:
             rows, *transposed = quantize_transpose(x, of.sizes, implementation=self.implementation)
             columns = Summed(*transposed)
         elif summed == "fp8":
-            padded = jnp.pad(x, ((0, -x.shape[0] % MULTIPLE), (0, 0)))
+            # Of no rows, too, there is a product.
+            missing = -x.shape[0] % MULTIPLE if x.shape[0] else MULTIPLE
+            padded = jnp.pad(x, ((0, missing), (0, 0)))
             rows, across = quantize_transpose(padded, implementation=self.implementation)
             rows, columns = rows[: x.shape[0]], Summed(across, None)
         elif times == "fp8":

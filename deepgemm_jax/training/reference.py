@@ -48,6 +48,6 @@ def swiglu_backward(params, h, scale, dy, group_sizes, weights=None):
     rows, columns, _ = quantize(dh)
     _, y_columns, _ = quantize(y)
     d_weights = jnp.pad(d_weights, ((0, 0), (0, -d_weights.shape[1] % BLOCK)))
-    d_weights = d_weights.reshape(len(h), -1, BLOCK).sum(-1)
+    d_weights = d_weights.reshape(len(h), d_weights.shape[1] // BLOCK, BLOCK).sum(-1)
     of = (rows, columns, y_columns)
     return [*(leaf for x in of for leaf in (x.data, x.scale)), d_weights]

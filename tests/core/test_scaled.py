@@ -78,7 +78,9 @@ def test_slices_of_rows_with_scales_of_their_own(index):
 def test_slices_under_one_scale():
     data = jnp.arange(60.0).reshape(3, 4, 5).astype(jnp.float8_e4m3fn)
     x = ScaledArray(data, jnp.full((1, 4, 1), 0.5))
-    for index in [1, slice(0, 2), (slice(1, 2), 3), (2, 1, 4), np.array([2, 0]), (..., 2)]:
+    array = np.array([2, 0])
+    apart = (0, slice(None), array)
+    for index in [1, slice(0, 2), (slice(1, 2), 3), (2, 1, 4), array, (..., 2), apart]:
         np.testing.assert_array_equal(x[index].dequantize(), x.dequantize()[index])
 
 

@@ -13,7 +13,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import random_like, random_problem
 
-from deepgemm_jax import fp8_gemm_nt
+from deepgemm_jax import (
+    fp8_gemm_nn,
+    fp8_gemm_nt,
+    fp8_gemm_tn,
+    fp8_gemm_tt,
+    k_grouped_fp8_gemm_tn_contiguous,
+    m_grouped_fp8_gemm_nn_contiguous,
+)
 from deepgemm_jax._core import op
 from deepgemm_jax._core.device import H200, Device
 from deepgemm_jax.gemm.config import Problem, candidates, choose
@@ -85,6 +92,30 @@ def test_implementation():
     assert calls(lower(kernel, a, b))
     with pytest.raises(NotImplementedError, match="fp8_gemm_nt has no kernel for cpu"):
         jax.jit(kernel).lower(a, b)
+
+
+def test_plain_jax_launches_nothing_where_operands_are_transposed():
+    def plain(gemm, *operands, **options):
+        return lower(functools.partial(gemm, implementation="xla", **options), *operands)
+
+    def operand(*shape):
+        scale = jnp.ones([*shape[:-2], *(-(-n // 128) for n in shape[-2:])])
+        return jnp.ones(shape, jnp.float8_e4m3fn), scale
+
+    def rows(k, m):
+        return jnp.ones((k, m), jnp.float8_e4m3fn), jnp.ones((k // 128, m))
+
+    a, b = (jnp.ones((256, 512), jnp.float8_e4m3fn), jnp.ones((256, 4))), operand(512, 128)
+    sizes = jnp.array([100, 30])
+    assert "custom_call" not in plain(fp8_gemm_nn, a, b)
+    assert "custom_call" not in plain(fp8_gemm_tn, rows(512, 64), rows(512, 128))
+    assert "custom_call" not in plain(fp8_gemm_tt, rows(512, 64), operand(128, 512))
+    assert "custom_call" not in plain(
+        m_grouped_fp8_gemm_nn_contiguous, a, operand(2, 512, 128), group_sizes=sizes
+    )
+    assert "custom_call" not in plain(
+        k_grouped_fp8_gemm_tn_contiguous, rows(256, 64), rows(256, 128), group_sizes=sizes
+    )
 
 
 def test_gpu_without_kernel(monkeypatch, caplog):

@@ -3,9 +3,8 @@
 import re
 
 import pytest
-from machine_code import ARCH, compile_all, disassemble
+from machine_code import assert_compiles_without_spills, compile_all, disassemble
 
-from deepgemm_jax import _C
 from deepgemm_jax.gemm import config
 
 VARIANTS = config.variants()
@@ -20,10 +19,9 @@ def compiled():
         compile_all(source, configs)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", [*VARIANTS, config.Runs()], ids=str)
 def test_nothing_is_spilled(variant):
-    log = _C.compile(variant.source, list(variant.integers), ARCH).log
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
+    assert_compiles_without_spills(variant.source, variant)
 
 
 @pytest.mark.parametrize("variant", FORMS.values(), ids=str)

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from gemm_forms import FORMS, assert_exact, every_config
 
-from deepgemm_jax import fp8_mqa_logits, indexer_topk, layout_transpose, quantize
+from deepgemm_jax import (
+    fp8_mqa_logits,
+    fp8_paged_mqa_logits,
+    grouped_mlp,
+    indexer_topk,
+    layout_transpose,
+    m_grouped_bf16_gemm_nn_contiguous,
+    quantize,
+)
 from deepgemm_jax._core.device import cuda_device
 from deepgemm_jax.attention.config import logits_variants
 
@@ -24,6 +32,20 @@ for logits_config in logits_variants(cuda_device()):
     ends = jnp.arange(s, dtype=jnp.int32) * 11
     logits = fp8_mqa_logits(q, (kv, jnp.ones(t)), jnp.ones((s, heads)), 0 * ends, ends)
     assert (jax.block_until_ready(logits.max(1))[1:] == 128 * heads).all(), logits_config
+
+for next_n in range(1, 5):
+    # Pages of 64 keys, all ones; their scales are ones too.
+    page = jnp.concatenate(
+        [
+            jnp.ones(64 * 128, jnp.float8_e4m3fn).view(jnp.uint8),
+            jnp.ones(64, jnp.float32).view(jnp.uint8),
+        ]
+    )
+    cache = jnp.tile(page, (3, 1)).reshape(3, 64, 1, 132)
+    q, weights = jnp.ones((2, next_n, 64, 128), jnp.float8_e4m3fn), jnp.ones((2 * next_n, 64))
+    lengths, table = jnp.array([66, 5]), jnp.array([[2, 0], [1, -1]])
+    logits = fp8_paged_mqa_logits(q, cache, weights, lengths, table, None, 128)
+    assert (jax.block_until_ready(logits.max(1)) == 128 * 64).all(), next_n
 
 for logits_dtype in (jnp.float32, jnp.bfloat16):
     indices = indexer_topk(jnp.zeros((3, 7001), logits_dtype), 999)
@@ -49,6 +71,16 @@ jax.block_until_ready(
         quantize.activation_quantize_backward(gates, gates),
     ]
 )
+
+# Among others the kernels of its activation, and that which finds groups of rows told by id.
+x, gate_up, down = (
+    jnp.ones(shape, jnp.bfloat16) for shape in ((304, 64), (3, 64, 512), (3, 256, 64))
+)
+gradients = jax.grad(lambda x, *w: grouped_mlp(x, *w, sizes).astype(jnp.float32).sum(), (0, 1, 2))
+jax.block_until_ready(gradients(x, gate_up, down))
+ids = jnp.repeat(jnp.arange(3), jnp.array([100, 130, 74]), total_repeat_length=304)
+jax.block_until_ready(m_grouped_bf16_gemm_nn_contiguous(x, gate_up, m_indices=ids))
+
 for dtype in (jnp.int8, jnp.bfloat16, jnp.float32):
     elements = (jnp.arange(304 * 400) % 100).astype(dtype)
     assert (layout_transpose(elements.reshape(304, 400)).T.ravel() == elements).all()

@@ -132,6 +132,10 @@ def test_scales_in_groups(sizes):
     np.testing.assert_array_equal(packed, wanted)
 
 
+def test_scales_of_no_rows():
+    assert not k_grouped(scales(0, 5), np.array([3, 0], np.int32)).any()
+
+
 k_grouped = jax.jit(get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor)
 
 

@@ -54,6 +54,15 @@ def test_serving(layout):
     assert stats.dropped == 0
 
 
+def test_masked_rows_are_multiplied_in_the_recipes_precision():
+    """Weights that are arrays are quantised as those that serve."""
+    x, params, _ = problem()
+    layer = jax.jit(functools.partial(moe_layer, router=router, layout="masked"))
+    y, _ = layer(x.astype(jnp.bfloat16), params)
+    wanted, _ = layer(x.astype(jnp.bfloat16), params.quantize())
+    np.testing.assert_array_equal(y, wanted)
+
+
 def test_decoding_in_bfloat16_with_room_for_few():
     """Each expert has its first tokens, and the others do without."""
     x, params, _ = problem()

@@ -88,7 +88,8 @@ def test_forward(activation, gated, weighted, m, h, dtype):
 @each_kind
 @each_activation
 @pytest.mark.parametrize(
-    ("weighted", "m", "h", "dtype"), [(True, 7, 300, FP8[0]), (False, 130, 64, FP8[1])]
+    ("weighted", "m", "h", "dtype"),
+    [(True, 7, 300, FP8[0]), (False, 130, 64, FP8[1]), (True, 0, 64, FP8[0])],
 )
 def test_backward(activation, gated, weighted, m, h, dtype):
     x, dy, weights = inputs(m, h, gated)

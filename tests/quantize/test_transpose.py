@@ -50,6 +50,22 @@ def test_groups(sizes):
     assert_same(transposed, *cast(gathered.T, (1, 128)))
 
 
+def test_sizes_of_any_integers():
+    x = random_input(1, (M, K))
+    wanted = quantize_groups(x, jnp.array([5, M - 5]))
+    for sizes in (np.array([5, 2**32 - 1], np.uint32), np.array([5, 2**15 - 1], np.int16)):
+        for found, of_int32 in zip(
+            jax.tree.leaves(quantize_groups(x, sizes)), jax.tree.leaves(wanted), strict=True
+        ):
+            np.testing.assert_array_equal(found, of_int32)
+
+
+def test_groups_of_no_rows():
+    _, transposed, padded = quantize_groups(np.zeros((0, K), np.float32), jnp.array([3, 0]))
+    assert transposed.shape == (K, 256)
+    assert not transposed.dequantize().any() and not padded.any()
+
+
 def test_nan_stays_in_its_group():
     x = random_input(2, (M, K))
     x[100, 7] = np.nan
@@ -85,7 +101,7 @@ def test_the_gradient_of_each_groups_weight():
 @pytest.mark.parametrize(
     ("x", "sizes", "error", "words"),
     [
-        (jnp.ones((4, 4)), jnp.ones(2), TypeError, "group_sizes has dtype float32, wanted int32"),
+        (jnp.ones((4, 4)), jnp.ones(2), TypeError, "group_sizes has dtype float32, wanted int"),
         (jnp.ones((4, 4)), jnp.ones((2, 2), int), ValueError, r"group_sizes has shape \(2, 2\)"),
         (jnp.ones((4, 4)), jnp.ones(0, int), ValueError, "at least one group"),
         (jnp.ones(4), jnp.ones(2, int), ValueError, r"x of shape \(4,\)"),

@@ -10,7 +10,7 @@ import pytest
 
 import deepgemm_jax
 from deepgemm_jax import _C, runtime
-from deepgemm_jax._core.device import cuda_device
+from deepgemm_jax._core.device import Device, cuda_device
 from deepgemm_jax.attention import config as attention
 from deepgemm_jax.gemm import config as gemm
 from deepgemm_jax.layout import config as layout
@@ -97,11 +97,17 @@ def test_warmup_compiles_every_variant(cache, monkeypatch):
     monkeypatch.setattr(attention, "logits_variants", lambda device: [])
     casts = {quantize.ROWS: quantize.variants()[quantize.ROWS][:1]}
     monkeypatch.setattr(quantize, "variants", lambda: casts)
-    count = len(some) + len(attention.TOPK_VARIANTS) + len(layout.variants()) + 1
-    count += len(training.variants())
+    count = len(some) + len(attention.TOPK_VARIANTS) + len(layout.variants())
+    count += len(training.variants()) + 2  # that cast, and the search for runs of rows
     assert deepgemm_jax.warmup(jobs=2) == count
     assert deepgemm_jax.cache_info().entries == count
     assert deepgemm_jax.warmup() == 0
+
+
+def test_warmup_for_a_gpu_without_kernels(cache, monkeypatch):
+    monkeypatch.setattr(runtime, "cuda_device", lambda: Device("sm_80", 108, 166912, 2039))
+    with pytest.raises(NotImplementedError, match="no kernels for sm_80, only for sm_90a"):
+        deepgemm_jax.warmup_shapes([(1, 128, 128)])
 
 
 def test_no_shapes_no_work(cache):

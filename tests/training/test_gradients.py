@@ -140,6 +140,17 @@ def test_rows_of_no_group_are_never_looked_at(recipe, platform):
             assert np.asarray(x)[sizes > 0].any()
 
 
+@on_each_platform
+@on_each_recipe
+@on_each_layer
+def test_no_rows(layer, recipe, platform):
+    *operands, d = put(narrow(layer.problem(6, 0, K, N), jnp.bfloat16), platform)
+    found = value_and_gradients(layer, operands, d, sizes_of("tail", 0), recipe=recipe)
+    for x, x_found in zip((d, *operands), found, strict=True):
+        assert x_found.shape == x.shape
+        assert not np.asarray(x_found).any()
+
+
 @on_each_recipe
 def test_shards_of_the_groups(recipe):
     layer = LAYERS["grouped_mlp"]
@@ -172,6 +183,8 @@ def test_shards_of_the_groups(recipe):
         ({"recipe": "fp4"}, ValueError, "recipe is 'fp4'"),
         ({"implementation": "gpu"}, ValueError, "implementation is 'gpu'"),
         ({"main_grads": [np.zeros((2, 32, 64))] * 2}, ValueError, "main gradient has shape"),
+        ({"main_grads": [np.zeros((2, 32, 64))]}, ValueError, "main_grads has 1 arrays"),
+        ({"group_sizes": np.zeros(1, int), "group_offset": 0}, ValueError, "there are 2 weights"),
     ],
 )
 def test_bad_input(changed, error, named):
@@ -181,7 +194,7 @@ def test_bad_input(changed, error, named):
         "w_down": np.zeros((2, 32, 16)),
         "group_sizes": np.zeros(2, int),
     }
-    with pytest.raises(error, match=f": .*{named}"):
+    with pytest.raises(error, match=f"^(grouped_mlp|Recipe): .*{named}"):
         grouped_mlp(**arguments | changed)
 
 
