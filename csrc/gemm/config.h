@@ -74,10 +74,11 @@ struct Config {
   // C may come through the ring, behind a tile's blocks, in the boxes in which D leaves. A slot has
   // as many of them as its parts for A and for B.
   constexpr int row_boxes() const { return block_m / 16; }
+  constexpr int all_boxes() const { return row_boxes() * parts(); }
   constexpr int c_box_bytes() const { return 16 * part_n() * out_bytes(); }
   constexpr int c_boxes_in_a() const { return a_bytes() / c_box_bytes(); }
   constexpr int c_boxes() const { return c_boxes_in_a() + b_bytes() / c_box_bytes(); }
-  constexpr int c_slots() const { return ceil_div(row_boxes() * parts(), c_boxes()); }
+  constexpr int c_slots() const { return ceil_div(all_boxes(), c_boxes()); }
   // A dense tile may be done by so many CTAs, a consumer's rows each, where that many more have no
   // other tile.
   constexpr int slices() const {

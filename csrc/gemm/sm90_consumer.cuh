@@ -162,22 +162,13 @@ struct Output {
 
 // Zeroes a warp's rows of D.
 __forceinline__ void clear_rows(const Params& p, uint32_t tile, int warp_row) {
-  constexpr int size = 16 / sizeof(Out), chunks = config.block_n / size;
 #pragma unroll 1
   for (int w = 0; w < kWaves; ++w) {
     const Output to(tile, warp_row + w * kWaveRows);
-    Out* d = static_cast<Out*>(p.d) + to.first(p) + to.column;
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < min(to.end - to.row, 16) * chunks; i += 32) {
-      const int column = i % chunks * size, left = p.n - to.column - column;
-      Out* x = d + static_cast<long long>(i / chunks) * p.n + column;
-      if (p.n % size == 0) {
-        if (left > 0) *reinterpret_cast<uint4*>(x) = make_uint4(0, 0, 0, 0);
-      } else {
-#pragma unroll 1
-        for (int j = 0; j < min(size, left); ++j) x[j] = 0;
-      }
-    }
+    write_rows<16 / sizeof(Out)>(static_cast<Out*>(p.d) + to.first(p) + to.column,
+                                 min(to.end - to.row, 16), min(config.block_n, p.n - to.column),
+                                 p.n, false, threadIdx.x % 32,
+                                 [](Out& to, int, int, int) { to = 0; });
   }
 }
 

@@ -68,7 +68,7 @@ __forceinline__ void announce(uint32_t shared, const Tiles& tile) {
 __forceinline__ void copy_c(const Params& p, const Tiles& tile, Ring& ring) {
   for (int slot = 0; slot < slots_of_c(p, tile.blocks()); ++slot) {
     const int first = slot * config.c_boxes();
-    const int count = min(config.row_boxes() * config.parts() - first, config.c_boxes());
+    const int count = min(config.all_boxes() - first, config.c_boxes());
     barrier_wait(ring.empty(), ring.parity);
     barrier_arrive_expect(ring.full(), count * config.c_box_bytes());
 #pragma unroll 1

@@ -212,8 +212,8 @@ struct Tiles {
   __forceinline__ bool a_whole() const { return m0 + config.block_m <= a_end(); }
   __forceinline__ bool b_whole() const { return n0 + config.block_n <= p.n; }
 
-  // Blocks of K, counted from K's beginning wherever the group's is. There is one at least: where
-  // nothing is to be added up, zeros are, for all of it is cut out, or nothing is loaded.
+  // Blocks of K, counted from K's beginning wherever the group's is. There is one at least: of a
+  // range without elements all of it is cut out, of rows of no group it is not even loaded.
   __forceinline__ bool empty() const { return k_end <= k0; }
   // Of rows of no group.
   __forceinline__ bool of_none() const { return config.groups == kContiguous && empty(); }

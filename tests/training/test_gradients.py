@@ -203,6 +203,18 @@ def test_bad_recipe():
         Recipe(dgrad="fp4")
 
 
+def test_sizes_out_of_range_are_reported_if_that_is_wished(monkeypatch, caplog):
+    monkeypatch.setenv("DEEPGEMM_JAX_DEBUG_GROUPS", "1")
+    x, w = np.zeros((8, 32), np.float32), np.zeros((2, 32, 16), np.float32)
+    jax.block_until_ready(grouped_linear(x, w, np.array([-3, 100])))
+    jax.effects_barrier()
+    said = {record.getMessage() for record in caplog.records}
+    assert said == {
+        "grouped_linear: negative group_sizes: 1 of them",
+        "grouped_linear: group_sizes that add up to more than the 8 rows: 1 of them",
+    }
+
+
 @pytest.mark.parametrize("function", [fp8_dot, grouped_linear, grouped_mlp])
 def test_example_of_the_docstring(function):
     (case,) = doctest.DocTestFinder(recurse=False).find(function)
