@@ -38,6 +38,8 @@ class MaskedParams(GroupedParams):
     expected_m: int | None = None
 
 
+ALIGNED = 16  # elements of FP8 along K
+
 NO_DERIVATIVE = (
     "Stop the gradient of its operands, or wrap the call in jax.custom_vjp, with the other grouped "
     "products as its gradients: the K-grouped one is that of the weights"
@@ -59,8 +61,12 @@ def _by_transposing(nt: Op, *positions: int) -> dict[str, Any]:
     def reference(params, *operands):
         arrays = list(operands)
         for i in positions:
-            pair = arrays[i], arrays[i + 1]
-            x = transposed(nt.name, "operand", pair, params.implementation, arrays[i].ndim)
+            data, ndim = arrays[i], arrays[i].ndim
+            # The copy engine wants rows of whole 16 bytes; what fills them up is no group's.
+            missing = -data.shape[-2] % ALIGNED
+            data = jnp.pad(data, [*[(0, 0)] * (ndim - 2), (0, missing), (0, 0)])
+            pair = data, arrays[i + 1]
+            x = transposed(nt.name, "operand", pair, params.implementation, ndim)
             arrays[i : i + 2] = x.data, x.scale
         return nt.bind(params, arrays)
 

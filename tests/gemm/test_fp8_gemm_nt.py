@@ -22,7 +22,7 @@ from oracles import (
     random_problem,
 )
 
-from deepgemm_jax import ScaledArray, fp8_gemm_nt
+from deepgemm_jax import ScaledArray, fp8_gemm_nn, fp8_gemm_nt
 
 DTYPES = [jnp.bfloat16, jnp.float32]
 
@@ -226,6 +226,13 @@ def test_bad_input(arguments, keywords, error, named):
         jax.eval_shape(functools.partial(fp8_gemm_nt, **keywords), *arguments)
     for words in named:
         assert words in str(raised.value)
+
+
+def test_bad_k_of_an_operand_that_is_transposed():
+    a = jnp.ones((64, 100), jnp.float8_e4m3fn), jnp.ones((64, 1))
+    b = jnp.ones((100, 512), jnp.float8_e4m3fn), jnp.ones((1, 4))
+    with pytest.raises(ValueError, match="a.data has k = 100, wanted .* a multiple of 16"):
+        fp8_gemm_nn(a, b)
 
 
 def test_derivative_says_what_to_do_instead():
