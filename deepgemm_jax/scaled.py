@@ -1,12 +1,14 @@
 """Arrays in eight bits with the scales that give them their range."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
+
+from ._core import compat
 
 BLOCK = 128
 PACKED = 4  # scales in an int32
@@ -105,6 +107,8 @@ class ScaledArray:
         """
         index = index if isinstance(index, tuple) else (index,)
         # Not by `in` or `count`, which would compare arrays.
+        if any(entry is None for entry in index):
+            raise IndexError(f"{self!r} has no new dims, index is {index}")
         ellipses = [i for i, entry in enumerate(index) if entry is Ellipsis]
         chosen = len(index) - len(ellipses)
         if len(ellipses) > 1 or chosen > self.ndim:
@@ -123,6 +127,10 @@ class ScaledArray:
                 # One scale for all. Of integers as many zeros: where their dim lands depends on
                 # where others are.
                 sliced = isinstance(entry, slice)
+                if not sliced and jnp.asarray(entry).dtype == bool:
+                    raise IndexError(
+                        f"{self!r} has one scale along axis {axis}: no mask may choose"
+                    )
                 of_scale.append(slice(None) if sliced else np.zeros(np.shape(entry), int))
             else:
                 raise IndexError(
@@ -130,6 +138,9 @@ class ScaledArray:
                     "only all of it may be chosen"
                 )
         return ScaledArray(self.data[tuple(of_data)], self.scale[tuple(of_scale)])
+
+    def __iter__(self) -> Iterator["ScaledArray"]:
+        return (self[i] for i in range(self.shape[0]))
 
     @classmethod
     def from_qwix(cls, x: Any) -> "ScaledArray":
@@ -164,13 +175,7 @@ class ScaledArray:
         return f"ScaledArray({_brief(self.data)}, scale={_brief(self.scale)})"
 
 
-jax.export.register_pytree_node_serialization(
-    ScaledArray,
-    serialized_name="deepgemm_jax.ScaledArray",
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: None,
-    from_children=lambda _, children: ScaledArray(*children),
-)
+compat.register_serialization(ScaledArray)
 
 
 def unpack(op: str, name: str, x: Any) -> tuple[jax.Array, jax.Array]:
@@ -198,7 +203,8 @@ def pack_ue8m0(scale: jax.Array) -> jax.Array:
     power of two becomes UE8M0's NaN, 255: data that were divided by it would be off.
     """
     bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
-    other = (bits & (_MANTISSA | np.int32(-(2**31)))) != 0
+    least = 1 << 22  # 2⁻¹²⁷, a denormal
+    other = ((bits & (_MANTISSA | np.int32(-(2**31)))) != 0) & (bits != least)
     exponent = jnp.where(other, 255, bits >> 23).astype(jnp.uint8)
     *outer, entries = scale.shape
     exponent = jnp.pad(exponent, [(0, 0)] * len(outer) + [(0, -entries % PACKED)])

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.export
 from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 LoweringContext = mlir.LoweringRuleContext
 
@@ -26,7 +27,14 @@ def make_primitive(
     """A primitive with a list of results from its rules; `lower` by platform, None for the rest."""
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames="params"))
+    jitted = jax.jit(primitive.bind, static_argnames="params")
+
+    def impl(*operands, params):
+        # Without jit, what is bound would end up here again.
+        with jax.disable_jit(False):
+            return jitted(*operands, params=params)
+
+    primitive.def_impl(impl)
     primitive.def_abstract_eval(abstract_eval)
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
@@ -36,6 +44,17 @@ def make_primitive(
     # emit, asks for it.
     dispatch.prim_requires_devices_during_lowering.add(primitive)
     return primitive
+
+
+def register_serialization(cls: type) -> None:
+    """Lets `jax.export` take a dataclass of arrays alone, which is a pytree, as an argument."""
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"deepgemm_jax.{cls.__name__}",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: (),
+        from_children=lambda _, children: cls(*children),
+    )
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -64,6 +83,12 @@ def of_type(x: jax.Array, sharding: Any) -> jax.Array:
     """x with this sharding where that is part of its type, as it is of a gradient's."""
     same = not explicit_axes(sharding.mesh) or _type(x).sharding == sharding
     return x if same else jax.sharding.reshard(x, sharding)
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """x with all of its last axis on each device, if the mesh's axes are part of its type."""
+    sharding = jax.typeof(x).sharding
+    return of_type(x, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1], None)))
 
 
 def partitioned(ctx: LoweringContext, mesh: AbstractMesh) -> bool:

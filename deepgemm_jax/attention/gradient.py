@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from .._core import compat
 from . import op
 
 E4M3_MAX = 448.0
@@ -37,7 +38,14 @@ def _backward(params, operands, gradient):
         params = dataclasses.replace(params, implementation=None)
     dq, dweights = op.mqa_logits_backward_q(*operands, gradient, params=params)
     dkv = op.mqa_logits_backward_kv(*operands, gradient, params=params)
-    return dq.astype(q.dtype), dkv.astype(kv.dtype), dweights.astype(weights.dtype), None, None
+    return (
+        *(
+            compat.of_type(dx.astype(x.dtype), jax.typeof(x).sharding)
+            for x, dx in ((q, dq), (kv, dkv), (weights, dweights))
+        ),
+        None,
+        None,
+    )
 
 
 mqa_logits.defvjp(_forward, _backward)

@@ -35,7 +35,7 @@ def _chunks(rows: int, arrays: Sequence[jax.Array]) -> list[jax.Array]:
     def cut(x):
         # Rows of zeros have no keys: they start and end at the first.
         x = jnp.pad(x, [(0, -x.shape[0] % rows), *[(0, 0)] * (x.ndim - 1)])
-        return x.reshape(-1, rows, *x.shape[1:])
+        return x.reshape(x.shape[0] // rows, rows, *x.shape[1:])
 
     return [cut(x) for x in arrays]
 
@@ -98,7 +98,7 @@ _precise = functools.partial(jnp.einsum, precision="highest")
 
 def _backward(params, kv, q, weights, start, end, gradient):
     """Of a few queries: what flows back to the products of q and kv, [n h t], to the weights,
-    [n h], and q itself, all in float32."""
+    [n h], and q and kv themselves, but for rows that have no part in it, all in float32."""
     q, weights, gradient = (x.astype(jnp.float32) for x in (q, weights, gradient))
     keys = jnp.arange(kv.shape[0])[None]
     columns = keys
@@ -107,9 +107,12 @@ def _backward(params, kv, q, weights, start, end, gradient):
         gradient = jnp.take_along_axis(gradient, jnp.clip(columns, 0, params.columns - 1), 1)
     seen = (keys >= start[:, None]) & (keys < end[:, None]) & (columns < params.columns)
     gradient = jnp.where(seen, gradient, 0)[:, None]
-    scores = _precise("nhd,td->nht", q, kv)
+    # NaN times 0 would be NaN.
+    kv = jnp.where(seen.any(0)[:, None], kv, 0)
+    q = jnp.where(seen.any(1)[:, None, None], q, 0)
+    scores = jnp.where(seen[:, None], _precise("nhd,td->nht", q, kv), 0)
     through = jnp.where(scores > 0, gradient * weights[..., None], 0)
-    return through, (gradient * relu(scores)).sum(2), q
+    return through, (gradient * relu(scores)).sum(2), q, kv
 
 
 @each_of_batch(q_dims=3)
@@ -118,8 +121,8 @@ def mqa_logits_backward_q(params, q, kv, weights, start, end, gradient):
     kv = kv.astype(jnp.float32)
 
     def rows(*operands):
-        through, weights_gradient, _ = _backward(params, kv, *operands)
-        return _precise("nht,td->nhd", through, kv), weights_gradient
+        through, weights_gradient, _, used = _backward(params, kv, *operands)
+        return _precise("nht,td->nhd", through, used), weights_gradient
 
     return list(by_rows(rows, _rows_at_once(q, kv), (q, weights, start, end, gradient)))
 
@@ -130,12 +133,12 @@ def mqa_logits_backward_kv(params, q, kv, weights, start, end, gradient):
     kv = kv.astype(jnp.float32)
 
     def add(total, operands):
-        through, _, q = _backward(params, kv, *operands)
+        through, _, q, _ = _backward(params, kv, *operands)
         return total + _precise("nht,nhd->td", through, q), None
 
     rows = min(max(1, _rows_at_once(q, kv)), max(1, q.shape[0]))
     # Varies over a mesh as the sum does.
-    zero, _ = vary_alike([jnp.zeros(kv.shape), q])
+    zero, _ = vary_alike([jnp.zeros_like(kv), q])
     return [jax.lax.scan(add, zero, _chunks(rows, (q, weights, start, end, gradient)))[0]]
 
 
@@ -163,7 +166,9 @@ def fp8_paged_mqa_logits(params, q, cache, weights, context_lens, block_table):
         return jax.lax.dynamic_update_slice_in_dim(logits, values, number * block_kv, axis=2)
 
     # Varies over a mesh as the loop's results do.
-    logits, _ = vary_alike([jnp.full((batch, next_n, pages * block_kv), -jnp.inf), lengths])
+    logits, _ = vary_alike(
+        [jnp.full((batch, next_n, pages * block_kv), -jnp.inf, jnp.float32), lengths]
+    )
     longest = lengths.max(initial=0)
     logits = jax.lax.fori_loop(0, -(-longest // block_kv), page, logits)
     if params.clean_logits:

@@ -1,7 +1,9 @@
 """Operands that lie the other way round."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ..layout import layout_transpose
@@ -19,4 +21,7 @@ def transposed(
         )
     # "cuda" is asked of the product: the transposition's kernel takes fewer shapes.
     plain = "xla" if implementation == "xla" else None
-    return ScaledArray(layout_transpose(data, implementation=plain), jnp.swapaxes(scale, -1, -2))
+    interchange = functools.partial(layout_transpose, implementation=plain)
+    for _ in range(ndim - 3):
+        interchange = jax.vmap(interchange)
+    return ScaledArray(interchange(data), jnp.swapaxes(scale, -1, -2))

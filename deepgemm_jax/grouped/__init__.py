@@ -4,6 +4,7 @@ How many rows each group has is data on the device: nothing is compiled anew and
 the host when it changes.
 """
 
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         on. A negative size counts as 0. Where they add up to less than M, the last rows are
         padding; where to more, the groups end with the rows.
       group_offsets: integers [G + 1], the first row of each group, then the last one's end. They
-        are clamped to [0, M], and a group whose end is before its start is empty. Rows before the
+        are clamped to [0, M], and one below an earlier one counts as that one. Rows before the
         first offset and from the last on are padding.
       preferred_element_type: the result's dtype, bfloat16 or float32.
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
@@ -387,7 +388,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
         on. A negative size counts as 0. Where they add up to less than K, the last rows are
         padding; where to more, the groups end with the rows.
       group_offsets: integers [G + 1], the first row of each group, then the last one's end. They
-        are clamped to [0, K], and a group whose end is before its start is empty.
+        are clamped to [0, K], and one below an earlier one counts as that one.
       preferred_element_type: the result's dtype, float32 or bfloat16.
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
         is one and plain JAX elsewhere.
@@ -593,7 +594,7 @@ def _m_grouped(which, operands, b, rows_of_groups, params):
 
 def _masked(which, a, b, masked_m, zero_fill, params):
     expected_m = params.expected_m
-    if expected_m is not None and (not isinstance(expected_m, int) or expected_m < 0):
+    if expected_m is not None and (not isinstance(expected_m, Integral) or expected_m < 0):
         raise ValueError(f"{which.name}: expected_m is {expected_m!r}, wanted None or an int >= 0")
     shape = a[0].shape[:2]
     masked_m = jnp.asarray(masked_m)

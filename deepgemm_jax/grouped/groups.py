@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core import sums
+from .._core import compat, sums
 from .._core.op import logger
 
 PADDING = -1  # the id of a row of no group
@@ -59,6 +59,8 @@ def shard(
 def ids(starts: jax.Array, ends: jax.Array, rows: int) -> jax.Array:
     """The group of each row, for the spans of groups that follow each other."""
     row = jnp.arange(rows, dtype=jnp.int32)
+    if not ends.size:
+        return jnp.full_like(row, PADDING)
     # Not by bisection, which is a loop of kernels on a GPU.
     group = jnp.searchsorted(ends, row, side="right", method="compare_all").astype(jnp.int32)
     found = (group < ends.size) & (row >= jnp.take(starts, group, mode="clip"))
@@ -81,11 +83,11 @@ def row_spans(
     """First row and end of each group from the one spelling that is not None."""
     if group_offsets is None:
         wanted = None if groups is None else (groups,)
-        sizes = integers(op, "group_sizes", group_sizes, wanted)
+        sizes = compat.whole(integers(op, "group_sizes", group_sizes, wanted))
         report_sizes(op, sizes, rows)
         return spans(sizes, rows)
     wanted = None if groups is None else (groups + 1,)
-    offsets = integers(op, "group_offsets", group_offsets, wanted)
+    offsets = compat.whole(integers(op, "group_offsets", group_offsets, wanted))
     if not offsets.size:
         raise ValueError(f"{op}: group_offsets has shape (0,), wanted one more than groups")
     wide = sums.widen(offsets)

@@ -50,7 +50,8 @@ PLAIN = f"it is one of DeepGEMM's, use ragged_dot. {NO_DERIVATIVE}"
 
 def _divide_k(total, params, *operands):
     """Parts of the sum stay in the accumulator's dtype; the cast is last."""
-    dtype = reference.accumulator(params.preferred_element_type)
+    dtypes = [x.dtype for x in operands]
+    dtype = reference.accumulator(params.preferred_element_type, *dtypes)
     (d,) = total(dataclasses.replace(params, preferred_element_type=dtype), *operands)
     return [d.astype(params.preferred_element_type)]
 

@@ -65,9 +65,10 @@ def ragged_dot(
     Raises:
       TypeError, ValueError: what does not fit.
       NotImplementedError: `implementation="cuda"` where there is no kernel; a derivative is asked
-        for of float8 data with their scales, or one in forward mode.
+        for of float8 data with their scales.
 
-    For arrays there is a gradient, of any order, itself made of grouped products. Under `jax.vmap`
+    For arrays there is a gradient, of any order, itself made of grouped products; in forward mode
+    there is none. Under `jax.vmap`
     a batch of `lhs` is one call with more rows. M, N and K may be divided on a mesh.
 
     Example:
@@ -203,6 +204,8 @@ def _ragged_dot_general(
 ) -> jax.Array:
     check_implementation(name, implementation)
     group_sizes = jnp.asarray(group_sizes)
+    if group_sizes.ndim:
+        group_sizes = compat.whole(group_sizes)
     if group_offset is not None:
         group_offset = jnp.asarray(group_offset)
         if group_offset.shape not in ((), (1,)):
@@ -394,8 +397,8 @@ def _sums(dims, params, lhs, rhs, first, last):
     )
     dtype = params.preferred_element_type
     if outer:
-        sums = reference.accumulator(dtype)
-        params = dataclasses.replace(params, preferred_element_type=sums)
+        wide = reference.accumulator(dtype, lhs.dtype, rhs.dtype)
+        params = dataclasses.replace(params, preferred_element_type=wide)
     function = functools.partial(_contracted, params)
     for _ in (*outer, *dims.l_batch):
         function = jax.vmap(function)
@@ -426,7 +429,8 @@ def _grouped_backward(transposed, params, operands, d):
     lhs, rhs, first, last = operands
     d_lhs = _grouped(not transposed, _like(params, d, rhs, lhs.dtype), d, rhs, first, last)
     pair = (d, lhs) if transposed else (lhs, d)
-    return d_lhs, _contracted(_like(params, *pair, rhs.dtype), *pair, first, last), None, None
+    d_rhs = _contracted(_like(params, *pair, rhs.dtype), *pair, first, last)
+    return _gradient_of(lhs, d_lhs), _gradient_of(rhs, d_rhs), None, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -443,7 +447,11 @@ def _contracted_backward(params, operands, d):
     lhs, rhs, first, last = operands
     d_lhs = _grouped(True, _like(params, rhs, d, lhs.dtype), rhs, d, first, last)
     d_rhs = _grouped(False, _like(params, lhs, d, rhs.dtype), lhs, d, first, last)
-    return d_lhs, d_rhs, None, None
+    return _gradient_of(lhs, d_lhs), _gradient_of(rhs, d_rhs), None, None
+
+
+def _gradient_of(x: jax.Array, dx: jax.Array) -> jax.Array:
+    return compat.of_type(dx, jax.typeof(x).sharding)
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)

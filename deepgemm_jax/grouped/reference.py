@@ -18,15 +18,19 @@ BLOCK = 128
 LARGEST_TILE = 128
 
 
-def accumulator(dtype: Any) -> Any:
-    """The dtype of sums for a result of this dtype."""
-    inexact = jnp.issubdtype(dtype, jnp.inexact)
-    return jnp.promote_types(dtype, jnp.float32) if inexact else jnp.dtype(dtype)
+def accumulator(dtype: Any, *operands: Any) -> Any:
+    """The dtype of sums for a result of this dtype, of products of operands of those."""
+    dtype = jnp.dtype(dtype)
+    inexact = [x for x in map(jnp.dtype, operands) if jnp.issubdtype(x, jnp.inexact)]
+    if inexact and not jnp.issubdtype(dtype, jnp.inexact):
+        dtype = max(inexact, key=lambda x: x.itemsize)
+    narrow = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize < 4
+    return jnp.dtype(jnp.float32) if narrow else dtype
 
 
 def _dot(x, y, axes, precision, dtype):
     """The product over an axis of each, in the accumulator's dtype for a result of `dtype`."""
-    dtype = accumulator(dtype)
+    dtype = accumulator(dtype, x.dtype, y.dtype)
     # Narrow operands of a dot in a loop, laid out as XLA:CPU may choose, are more than it can do;
     # and those of tiles alone are few enough to widen.
     x, y = x.astype(dtype), y.astype(dtype)
@@ -49,7 +53,7 @@ def _rows_by_tile(params: Any, ids: jax.Array, groups: int, n: int, product: Cal
     """D from `product(rows, group)`, the rows of D that belong to a tile of rows of one group."""
     dtype = params.preferred_element_type
     (m,) = ids.shape
-    if not m or not groups:
+    if not m or not n or not groups:
         return [jnp.zeros((m, n), dtype)]
     # As many rows as a group has of them, so that few in a tile are of no use.
     tile = min(LARGEST_TILE, max(8, 1 << (m // groups).bit_length()))
@@ -153,7 +157,7 @@ def fp8_k_grouped(params, a, a_scale, b, b_scale, starts, ends, c=None):
 def k_grouped(params, a, b, starts, ends, c=None, *, axis):
     """The same in the dtypes that there are; K is dim `axis` of both operands."""
     k, m, n = a.shape[axis], a.shape[1 - axis], b.shape[1 - axis]
-    dtype = accumulator(params.preferred_element_type)
+    dtype = accumulator(params.preferred_element_type, a.dtype, b.dtype)
 
     def product(index, valid):
         def take(x):

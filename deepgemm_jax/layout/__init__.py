@@ -263,7 +263,10 @@ def _transpose_jvp(implementation, primals, tangents):
 
 def _mn_major(sf: jax.Array) -> jax.Array:
     *outer, mn, k = range(sf.ndim)
-    return with_layout_constraint(sf, Layout((*outer, k, mn)))
+    sf = with_layout_constraint(sf, Layout((*outer, k, mn)))
+    # Of a constraint that is a program's last step JAX makes its result's layout, which it then
+    # forgets: what reads the result would take it for row-major.
+    return jax.lax.optimization_barrier(sf)
 
 
 def _scales(name: str, sf: Any, dtypes: tuple[Any, ...]) -> jax.Array:

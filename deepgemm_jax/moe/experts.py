@@ -133,4 +133,4 @@ def local_experts(
     operands = permute(x, plan), w_gate_up, w_down, plan.group_sizes, of_rows
     compute = masked_mlp if masked else mlp
     y = compute(*operands, recipe=recipe, implementation=implementation)
-    return unpermute(y, plan), plan.group_sizes.sum()
+    return unpermute(y, plan), plan.group_sizes.sum(dtype=jnp.int32)

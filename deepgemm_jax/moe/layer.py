@@ -174,6 +174,10 @@ class MoEStats:
     dropped: jax.Array
 
 
+compat.register_serialization(MoEParams)
+compat.register_serialization(MoEStats)
+
+
 def moe_layer(
     x: Any,
     params: MoEParams,
@@ -236,7 +240,8 @@ def moe_layer(
       y, [T, H] of x's dtype; and the `MoEStats`, the same on all devices.
 
     Raises:
-      ValueError: a strategy, layout or axes that there are not; weights that do not fit them.
+      ValueError: a strategy, layout or axes that there are not; weights that do not fit them; a
+        `valid` of another length; no chunks or no capacity.
       NotImplementedError: ragged_all_to_all where XLA would refuse.
 
     Example:
@@ -257,6 +262,14 @@ def moe_layer(
             f"moe_layer: layout is {layout!r}, wanted {' or '.join(map(repr, LAYOUTS))}"
         )
     x = jnp.asarray(x)
+    if valid is not None and jnp.shape(valid) != x.shape[:1]:
+        raise ValueError(f"moe_layer: valid has shape {jnp.shape(valid)}, wanted {x.shape[:1]}")
+    if chunks < 1:
+        raise ValueError(f"moe_layer: chunks is {chunks}, wanted at least 1")
+    if capacity_factor is not None and capacity_factor <= 0:
+        raise ValueError(
+            f"moe_layer: capacity_factor is {capacity_factor}, wanted None or more than 0"
+        )
     params = axes.gather(params)
     served = isinstance(params.w_down, ScaledArray)
     in_fp8 = served or Recipe.of("moe_layer", recipe).forward == "fp8"
@@ -374,7 +387,7 @@ class _Call:
         )
         for way in reversed(ways):
             y = from_shards(way, y, self.wire)
-        return y, MoEStats(load, load.sum() - computed)
+        return y, MoEStats(load, load.sum(dtype=jnp.int32) - computed)
 
     def _room(self, most: int, evenly: float) -> int:
         """How many of something to make room for that there are at most and on average so many."""

@@ -81,6 +81,9 @@ class Permutation:
         return dataclasses.replace(self, row=self.row.reshape(-1, 1))
 
 
+compat.register_serialization(Permutation)
+
+
 def permute(x: Any, permutation: Permutation) -> Any:
     """Gives each row the token that its slot belongs to; zeros to rows that are none's.
 
@@ -150,7 +153,9 @@ def _gather(x: jax.Array, permutation: Permutation) -> jax.Array:
     in_word = 4 // x.dtype.itemsize
     if x.ndim != 2 or in_word < 2 or x.shape[1] % in_word:
         return _take(x, token)
-    words = jax.lax.bitcast_convert_type(x.reshape(len(x), -1, in_word), jnp.int32)
+    words = jax.lax.bitcast_convert_type(
+        x.reshape(len(x), x.shape[1] // in_word, in_word), jnp.int32
+    )
     rows = jax.lax.bitcast_convert_type(_take(words, token), x.dtype)
     return rows.reshape(len(token), x.shape[1])
 

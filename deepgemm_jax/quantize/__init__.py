@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from .._core import sums
+from .._core import compat, sums
 from .._core.op import Op
 from ..scaled import BLOCK, ScaledArray, pack_ue8m0
 from . import config, op, reference
@@ -284,7 +284,7 @@ ScaledArray(float8_e4m3fn[64,640], scale=float32[64,5]) [256   0 128]
     if group_sizes is None:
         results = op.quantize_transpose(x, params=params)
         return _scaled(results[:2], scale_format), _scaled(results[2:], scale_format)
-    group_sizes = jnp.asarray(group_sizes)
+    group_sizes = compat.whole(jnp.asarray(group_sizes))
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"{name}: group_sizes has dtype {group_sizes.dtype}, wanted integers")
     if x.ndim != 2 or group_sizes.ndim != 1 or not len(group_sizes):

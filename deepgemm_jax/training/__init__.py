@@ -170,7 +170,8 @@ def grouped_mlp(
       w_gate_up: bfloat16 or float32 [G, K, 2 I], the columns of the gates first.
       w_down: bfloat16 or float32 [G, I, N].
       group_sizes: as `grouped_linear` has them.
-      router_weights: None, or a float [M], r: by what each row is multiplied. It has a gradient.
+      router_weights: None, or bfloat16 or float32 [M], r: by what each row is multiplied. It has a
+        gradient.
       recipe: as `fp8_dot` has it, for either layer.
       group_offset: as `grouped_linear` has it.
       main_grads: None, or a pair of float32 arrays, what the gradients of the weights are added to:
@@ -255,7 +256,7 @@ def _products(
 
 def _groups(name: str, rows: int, group_sizes: Any, group_offset: Any, count: int) -> Groups:
     wanted = (count,) if group_offset is None else None
-    sizes = groups.integers(name, "group_sizes", group_sizes, wanted)
+    sizes = compat.whole(groups.integers(name, "group_sizes", group_sizes, wanted))
     first = jnp.asarray(0 if group_offset is None else group_offset)
     first = groups.integers(name, "group_offset", first.reshape(-1), (1,))[0]
     if count > len(sizes):

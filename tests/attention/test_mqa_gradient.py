@@ -134,6 +134,40 @@ def test_rows_of_zeros_and_cotangents_that_do_not_count():
         close(x, wanted)
 
 
+def test_what_nobody_sees_does_no_harm():
+    """NaN in keys that no query sees, and in queries that see no key."""
+    q, kv, weights, start, end = random_operands(8, 5, 9)
+    start, end = np.array([0, 2, 4, 0, 3]), np.array([4, 6, 4, 7, 7])
+    cotangent = np.ones((5, 9), np.float32)
+    wanted = gradients((q, kv, weights, start, end), cotangent, None)
+    q[2], kv[7:] = np.nan, np.nan
+
+    def total(*floats):
+        return (mqa_logits(*floats, start, end, clean_logits=False) * cotangent)[
+            [0, 1, 3, 4], :7
+        ].sum()
+
+    for found, x in zip(jax.grad(total, (0, 1, 2))(q, kv, weights), wanted, strict=True):
+        close(found, x)
+
+
+def test_in_64_bits():
+    operands = random_operands(10, 5, 9)
+    gradient = jax.grad(lambda *x: mqa_logits(*x, clean_logits=False).sum(), (0, 1, 2))
+    wanted = gradient(*operands)
+    with jax.enable_x64(True):
+        found = gradient(*operands)
+    for x, x_wanted in zip(found, wanted, strict=True):
+        assert x.dtype == jnp.float32
+        close(x, np.asarray(x_wanted))
+
+
+def test_no_keys():
+    q, kv, weights, start, end = random_operands(9, 5, 0)
+    dq = jax.grad(lambda q: mqa_logits(q, kv, weights, start, end).sum())(q)
+    assert dq.shape == q.shape and not dq.any()
+
+
 def test_loss_of_an_indexer():
     """The cross entropy of a target and the softmax of the logits, by finite differences."""
     q, kv, weights, _, _ = random_operands(5, 6, 20)

@@ -85,6 +85,14 @@ def test_results_and_their_dtypes():
         np.testing.assert_allclose(value, x, atol=np.max(scale) / 2)
 
 
+def test_without_jit():
+    x = np.ones((5, 300), np.float32)
+    params = QuantizeParams(to=jnp.int8)
+    with jax.disable_jit():
+        data, _ = quantize(x, params=params)
+    np.testing.assert_array_equal(data, quantize(x, params=params)[0])
+
+
 def test_vmap_folds_rows_under_any_nesting():
     x = np.random.default_rng(0).normal(size=(2, 3, 5, 256)).astype(np.float32)
 

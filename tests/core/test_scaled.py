@@ -84,6 +84,20 @@ def test_slices_under_one_scale():
         np.testing.assert_array_equal(x[index].dequantize(), x.dequantize()[index])
 
 
+def test_rows_one_by_one():
+    x = random_matrix(np.random.default_rng(0), 3, 300, 1)
+    rows = [row.dequantize() for row in jax.tree.map(jnp.asarray, x)]
+    np.testing.assert_array_equal(np.stack(rows), x.dequantize())
+
+
+def test_indices_that_scales_cannot_follow():
+    x = ScaledArray(jnp.ones((3, 5), jnp.float8_e4m3fn), jnp.ones((3, 1)))
+    with pytest.raises(IndexError, match="no mask may choose"):
+        x[:, np.array([True, False, True, True, False])]
+    with pytest.raises(IndexError, match="has no new dims"):
+        x[None]
+
+
 def test_slices_that_would_part_a_block():
     x = random_matrix(np.random.default_rng(0), 200, 300, 128)
     for index in [3, slice(0, 128), (slice(None), 5)]:

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import assert_close, product, random_like, random_problem
 
-from deepgemm_jax import fp8_gemm_nt
+from deepgemm_jax import fp8_gemm_nt, fp8_gemm_tn
 from deepgemm_jax.gemm import op
 
 gemm = functools.partial(fp8_gemm_nt, preferred_element_type=jnp.float32)
@@ -89,6 +89,16 @@ def test_division(mesh, pieces, kinds, add, a_spec, b_spec, d_spec, piece, neede
         assert d.sharding.is_equivalent_to(NamedSharding(jax.sharding.get_mesh(), P(*d_spec)), 2)
         assert_close(d, oracle)
         assert_close(gemm(*operands), oracle)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_one_block_a_device_of_transposed_operands(mesh, kind):
+    one = jnp.float8_e4m3fn(1)
+    with mesh(kind):
+        a = put((jnp.full((512, 32), one), jnp.ones((4, 32))), "y")
+        b = put((jnp.full((512, 48), one), jnp.ones((4, 48))), "y")
+        d = jax.jit(lambda a, b: fp8_gemm_tn(a, b))(a, b)
+    np.testing.assert_array_equal(d, np.full((32, 48), 512))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

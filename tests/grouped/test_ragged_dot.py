@@ -265,6 +265,37 @@ def test_vmap_of_rows():
     np.testing.assert_allclose(np.asarray(gradient[..., 0], np.float64), sums, rtol=0.02, atol=0.5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "preferred"),
+    [(jnp.bfloat16, None), (jnp.float8_e4m3fn, None), (jnp.float32, jnp.int32)],
+)
+def test_dtypes_of_sums(dtype, preferred):
+    """None is promoted implicitly, and a result of integers is not summed in them."""
+    lhs, rhs = problem(18, dtype)
+    sizes = np.array(FITTING[0], np.int32)
+    arguments = jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(sizes), None, preferred
+    with jax.numpy_dtype_promotion("strict"):
+        d = ragged_dot(*arguments)
+    wanted = FORM.expected(lhs, rhs, ids(sizes, M)).value
+    assert d.dtype == (preferred or dtype)
+    if preferred == jnp.int32:
+        assert (abs(np.asarray(d) - wanted) < 1.01).all()
+    else:
+        held = abs(wanted) < 100  # by float8_e4m3fn, too
+        np.testing.assert_allclose(np.asarray(d, np.float64)[held], wanted[held], 0.1, 2)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "g"), [(0, 4, 4, 2), (5, 0, 4, 2), (5, 4, 0, 2), (5, 4, 4, 0)]
+)
+def test_nothing_to_multiply(m, k, n, g):
+    lhs, rhs, sizes = jnp.ones((m, k)), jnp.ones((g, k, n)), jnp.ones(g, jnp.int32)
+    d, pullback = jax.vjp(lambda lhs, rhs: ragged_dot(lhs, rhs, sizes), lhs, rhs)
+    assert d.shape == (m, n) and not d.any()
+    for x, dx in zip((lhs, rhs), pullback(jnp.ones_like(d)), strict=True):
+        assert dx.shape == x.shape and not dx.any()
+
+
 # Scaled operands.
 
 
@@ -292,6 +323,16 @@ def test_scaled_arrays(platform, layout, preferred):
         np.testing.assert_array_equal(ragged_dot(*pairs, sizes), d)
         part = ragged_dot(lhs, pick(rhs, np.s_[1:3]), sizes, group_offset=1)
         assert_close(part, form.expected(lhs, pick(rhs, np.s_[1:3]), ids(sizes, M, 1, 2)))
+
+
+def test_vmap_of_scaled_arrays():
+    form = Form("m_grouped_fp8_gemm_nn_contiguous")
+    lhs, rhs = form.problem(17, M, 136, 144, G)
+    sizes = np.array(SIZES[0], np.int32)
+    wanted = ragged_dot(lhs, rhs, sizes)
+    lhs, rhs = (jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), x) for x in (lhs, rhs))
+    each = jax.vmap(lambda lhs: jax.vmap(lambda rhs: ragged_dot(lhs, rhs, sizes))(rhs))(lhs)
+    np.testing.assert_array_equal(each, jnp.broadcast_to(wanted, (2, 2, *wanted.shape)))
 
 
 @pytest.mark.parametrize("layout", ["tn", "nt"])

@@ -61,6 +61,28 @@ def test_rows_columns_and_sums_are_divided(mesh, form, kind, a_spec, b_spec, d_s
     assert_close(d, form.expected(a, b, ids(SIZES, M)))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_gradients_lie_as_their_operands(mesh, kind):
+    lhs, rhs = RAGGED.problem(7, M, N, K, G)
+
+    def gradient(lhs, rhs, sizes):
+        return jax.grad(lambda *x: ragged_dot(*x, sizes).astype(jnp.float32).sum(), (0, 1))(
+            lhs, rhs
+        )
+
+    wanted = jax.jit(gradient)(lhs, rhs, SIZES)
+    for l_spec, r_spec, sizes_spec in [((None, "x"), (), ()), ((), ("x",), ("x",))]:
+        with mesh(kind):
+            operands = put(lhs, *l_spec), put(rhs, *r_spec)
+            found = jax.jit(gradient)(*operands, put(SIZES, *sizes_spec))
+            for x, dx, dx_wanted in zip(operands, found, wanted, strict=True):
+                if kind == AxisType.Explicit:
+                    assert dx.sharding.is_equivalent_to(x.sharding, x.ndim)
+                np.testing.assert_allclose(
+                    np.asarray(dx, np.float64), np.asarray(dx_wanted, np.float64), 0.02, 0.05
+                )
+
+
 @masked
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_masked_groups_are_divided(mesh, form, kind):

@@ -23,6 +23,7 @@ from deepgemm_jax.layout import (
     layout_transpose,
     transform_sf_into_required_layout,
 )
+from deepgemm_jax.scaled import unpack_ue8m0
 
 
 def scales(*shape) -> np.ndarray:
@@ -54,6 +55,9 @@ def test_values_stay(shape):
     sf = scales(*shape)
     for function in (get_mn_major_tma_aligned_tensor, jax.jit(get_mn_major_tma_aligned_tensor)):
         np.testing.assert_array_equal(function(sf), sf)
+    # What a program returns is read by the next one, too.
+    returned = jax.jit(get_mn_major_tma_aligned_tensor)(jnp.asarray(sf))
+    np.testing.assert_array_equal(returned + 0, sf)
     packed = jax.jit(get_mn_major_tma_aligned_packed_ue8m0_tensor)(sf)
     assert packed.dtype == jnp.int32
     np.testing.assert_array_equal(packed, pack(sf))
@@ -72,6 +76,9 @@ def test_every_exponent_is_packed():
     sf = (exponents << 23).view(np.float32).reshape(64, 4)
     packed = np.asarray(get_mn_major_tma_aligned_packed_ue8m0_tensor(sf))
     np.testing.assert_array_equal(packed.view(np.uint8).reshape(-1), exponents)
+    unpacked = unpack_ue8m0(packed)  # of which the first is a denormal
+    again = get_mn_major_tma_aligned_packed_ue8m0_tensor(unpacked)
+    np.testing.assert_array_equal(again, packed)
 
 
 def test_what_is_no_power_of_two_becomes_nan():

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,6 +55,23 @@ def test_serving(layout):
     assert stats.dropped == 0
 
 
+@pytest.mark.parametrize("served", [False, True])
+def test_no_tokens(served):
+    x, params, _ = problem(shared=128)
+    y, stats = moe_layer(x[:0], params.quantize() if served else params, router)
+    assert y.shape == (0, x.shape[1])
+    assert not stats.load.any() and stats.dropped == 0
+
+
+def test_export():
+    x, params, _ = problem()
+    layer = jax.jit(functools.partial(moe_layer, router=router, recipe="bf16"))
+    exported = jax.export.deserialize(jax.export.export(layer)(x, params).serialize())
+    (y, stats), (wanted, _) = exported.call(x, params), layer(x, params)
+    np.testing.assert_array_equal(y, wanted)
+    assert stats.dropped == 0
+
+
 def test_masked_rows_are_multiplied_in_the_recipes_precision():
     """Weights that are arrays are quantised as those that serve."""
     x, params, _ = problem()
@@ -98,6 +116,12 @@ def test_what_does_not_fit_is_refused():
     more = dataclasses.replace(params, router=jnp.zeros((256, 12)), bias=None)
     with pytest.raises(ValueError, match="8 experts on each of 1 shards, router has 12"):
         moe_layer(x, more, router)
+    with pytest.raises(ValueError, match=r"valid has shape \(3,\), wanted \(48,\)"):
+        moe_layer(x, params, router, valid=np.ones(3, bool))
+    with pytest.raises(ValueError, match="chunks is 0"):
+        moe_layer(x, params, router, chunks=0)
+    with pytest.raises(ValueError, match="capacity_factor is 0"):
+        moe_layer(x, params, router, capacity_factor=0)
     small = MoEParams.init(jax.random.key(0), hidden=64, intermediate=64, experts=2)
     with pytest.raises(ValueError, match="multiples of 128"):
         small.quantize()
