@@ -62,9 +62,10 @@ def get_mn_major_tma_aligned_tensor(sf: Any) -> jax.Array:
       sf: float32 or int32 [MN, S] or [G, MN, S].
 
     Returns:
-      The same array. Where it is computed in a jitted program it is written so at once. It is not
-      padded: only a length of MN that `get_tma_aligned_size` leaves as it is makes rows that TMA
-      can read, which no kernel of this package needs.
+      The same array. Where a jitted program computes and uses it, it is written so at once; what
+      the program returns is row-major. It is not padded: only a length of MN that
+      `get_tma_aligned_size` leaves as it is makes rows that TMA can read, which no kernel of this
+      package needs.
 
     Raises:
       TypeError, ValueError: sf is not such an array.
@@ -264,8 +265,8 @@ def _transpose_jvp(implementation, primals, tangents):
 def _mn_major(sf: jax.Array) -> jax.Array:
     *outer, mn, k = range(sf.ndim)
     sf = with_layout_constraint(sf, Layout((*outer, k, mn)))
-    # Of a constraint that is a program's last step JAX makes its result's layout, which it then
-    # forgets: what reads the result would take it for row-major.
+    # A constraint that is a program's last step becomes its result's layout, which JAX forgets of an
+    # array that is not committed to a device: the next program would take it for row-major.
     return jax.lax.optimization_barrier(sf)
 
 
