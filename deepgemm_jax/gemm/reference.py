@@ -10,8 +10,8 @@ BLOCK = 128
 
 
 def _sum_of_blocks(a: jax.Array, b: jax.Array, scaled: Callable) -> jax.Array:
-    """A Bᵀ block by block of K as the kernel does, so that no operand is ever held in float32;
-    `scaled(product, block)` is a block's share of the sum."""
+    """A Bᵀ block by block of K as the kernel does, so that no operand is ever held in float32 as a
+    whole; `scaled(product, block)` is a block's share of the sum."""
     k = b.shape[-1]
 
     def share(block, width):

@@ -596,6 +596,8 @@ def _masked(which, a, b, masked_m, zero_fill, params):
     expected_m = params.expected_m
     if expected_m is not None and (not isinstance(expected_m, Integral) or expected_m < 0):
         raise ValueError(f"{which.name}: expected_m is {expected_m!r}, wanted None or an int >= 0")
+    if a[0].ndim != 3:
+        raise ValueError(f"{which.name}: a has shape {a[0].shape}, wanted 3 dimensions")
     shape = a[0].shape[:2]
     masked_m = jnp.asarray(masked_m)
     if masked_m.dtype == bool:
@@ -605,7 +607,7 @@ def _masked(which, a, b, masked_m, zero_fill, params):
             )
         masked_m = masked_m.sum(1, dtype=jnp.int32)
     masked_m = groups.integers(which.name, "masked_m", masked_m, shape[:1])
-    rows = shape[1] if len(shape) > 1 else 0
+    rows = shape[1]
     outside = (masked_m < 0) | (masked_m > rows)
     groups.report(which.name, f"masked_m outside of 0 to {rows}", outside)
     masked_m = sums.clamp(masked_m, rows)

@@ -68,8 +68,8 @@ def ragged_dot(
         for of float8 data with their scales.
 
     For arrays there is a gradient, of any order, itself made of grouped products; in forward mode
-    there is none. Under `jax.vmap`
-    a batch of `lhs` is one call with more rows. M, N and K may be divided on a mesh.
+    there is none. Under `jax.vmap` a batch of `lhs` is one call with more rows. M, N and K may be
+    divided on a mesh.
 
     Example:
 
@@ -256,12 +256,14 @@ def _ragged_dot_general(
         return _sums(dims, params, lhs, rhs, first, last).reshape(result.shape)
     if implementation == "cuda":
         raise NotImplementedError(f"{name} has no kernel for a ragged batch")
-    d = jax.lax.dot_general(
+    counted = _counted(first, last, lhs.shape[dims.ragged])
+    lhs, rhs = (
+        jnp.where(_along(counted, batch, x.shape), x, jnp.zeros((), x.dtype))
+        for x, batch in ((lhs, dims.l_batch), (rhs, dims.r_batch))
+    )
+    return jax.lax.dot_general(
         lhs, rhs, numbers.dot_dimension_numbers, precision, preferred_element_type
     )
-    counts = _counted(first, last, lhs.shape[dims.ragged])
-    counts = jnp.expand_dims(counts, range(counts.ndim, d.ndim))
-    return jnp.where(counts, d, jnp.zeros((), d.dtype))
 
 
 def _check(
@@ -328,6 +330,13 @@ def _counted(first: jax.Array, last: jax.Array, rows: int) -> jax.Array:
     for _ in range(first.ndim - 1):
         function = jax.vmap(function)
     return function(first, last) != groups.PADDING
+
+
+def _along(x: jax.Array, dims: Sequence[int], shape: Sequence[int]) -> jax.Array:
+    """x, whose dims are the first ones of those, repeated along the others of this shape."""
+    dims = dims[: x.ndim]
+    order = sorted(range(x.ndim), key=lambda i: dims[i])
+    return jax.lax.broadcast_in_dim(x.transpose(order), shape, sorted(dims))
 
 
 def _scaled_op(dims: _Dims, lhs: ScaledArray, rhs: ScaledArray) -> Callable | None:

@@ -265,8 +265,8 @@ def _transpose_jvp(implementation, primals, tangents):
 def _mn_major(sf: jax.Array) -> jax.Array:
     *outer, mn, k = range(sf.ndim)
     sf = with_layout_constraint(sf, Layout((*outer, k, mn)))
-    # A constraint that is a program's last step becomes its result's layout, which JAX forgets of an
-    # array that is not committed to a device: the next program would take it for row-major.
+    # A constraint that is a program's last step becomes its result's layout, which JAX forgets of
+    # an array that is not committed to a device: the next program would take it for row-major.
     return jax.lax.optimization_barrier(sf)
 
 

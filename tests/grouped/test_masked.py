@@ -99,6 +99,8 @@ def test_bad_input(form, changed, error, named):
 @masked
 def test_operands_that_do_not_fit(form):
     a, b = form.masked_problem(4, M, N, K, G)
+    with pytest.raises(ValueError, match=rf"^{form}: a has shape \(37, .* 3 dimensions"):
+        form.function(pick(a, 0), b, np.zeros(4, np.int32))
     with pytest.raises(ValueError, match=rf"^{form}: b.* has shape \(3, "):
         form.function(a, pick(b, np.s_[:3]), np.zeros(4, np.int32))
     with pytest.raises(NotImplementedError, match=f"{form} has no kernel"):

@@ -169,6 +169,17 @@ def test_batch_elements_of_no_group_are_zero():
     np.testing.assert_array_equal(d[:3], np.zeros((3, 5, 8)))
     np.testing.assert_array_equal(d[3:9], whole[3:9])
 
+    def gradients(lhs, rhs):
+        product = lambda *x: ragged_dot_general(*x, sizes, dims(*numbers))  # noqa: E731
+        d, pullback = jax.vjp(product, lhs, rhs)
+        return pullback(jnp.ones_like(d))
+
+    wanted = gradients(lhs, rhs)
+    lhs[9:], rhs[9:] = np.nan, np.nan
+    for found, x in zip(gradients(lhs, rhs), wanted, strict=True):
+        np.testing.assert_array_equal(found[:9], x[:9])
+        assert not found[9:].any()
+
 
 @pytest.mark.parametrize("mode", ["basic", "transposed", "all", "sums_outer", "ragged_batch"])
 def test_gradients(mode):
