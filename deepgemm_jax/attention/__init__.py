@@ -107,7 +107,8 @@ def mqa_logits(
     at the float operands themselves: quantising counts as the identity, and the scores are computed
     anew in float32. So only float arrays are differentiated, q, kv and weights; no FP8 array is an
     operand or residual of it. Logits of keys that a query does not see have no part in it, nor has
-    a cotangent given for them.
+    a cotangent given for them. Keys that no query sees, and queries that see no key, may hold
+    anything, NaN too.
 
     Args:
       q: floating point [S, H, D]; D is 32, 64 or 128.

@@ -38,14 +38,11 @@ def _backward(params, operands, gradient):
         params = dataclasses.replace(params, implementation=None)
     dq, dweights = op.mqa_logits_backward_q(*operands, gradient, params=params)
     dkv = op.mqa_logits_backward_kv(*operands, gradient, params=params)
-    return (
-        *(
-            compat.of_type(dx.astype(x.dtype), jax.typeof(x).sharding)
-            for x, dx in ((q, dq), (kv, dkv), (weights, dweights))
-        ),
-        None,
-        None,
-    )
+    gradients = [
+        compat.of_type(dx.astype(x.dtype), jax.typeof(x).sharding)
+        for x, dx in ((q, dq), (kv, dkv), (weights, dweights))
+    ]
+    return *gradients, None, None
 
 
 mqa_logits.defvjp(_forward, _backward)
