@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._core import compat, sums
 from .._core.op import check_implementation
@@ -81,11 +82,15 @@ def fp8_dot(
     x = _array(name, "x", x, (None,) * max(1, jnp.ndim(x)))
     w = _weight(name, "w", w, (x.shape[-1], None))
     main_grad = _main_grad(name, main_grad, w)
+    # Rows may come in any order. A dim that a mesh divides becomes theirs if it is the first.
+    divided = jax.typeof(x).sharding.spec
+    order = (*sorted(range(x.ndim - 1), key=lambda i: divided[i] is None), x.ndim - 1)
+    x = x.transpose(order)
     rows = x.reshape(-1, x.shape[-1])
     products = _products(name, rows, recipe, implementation)
     rows, w = _vary_alike(name, (rows, w), main_grad)
     y = linear.linear(products, rows, w, None, main_grad)
-    return y.reshape(*x.shape[:-1], w.shape[-1])
+    return y.reshape(*x.shape[:-1], w.shape[-1]).transpose(np.argsort(order))
 
 
 def grouped_linear(

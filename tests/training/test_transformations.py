@@ -173,6 +173,21 @@ def test_meshes_that_jit_knows(mesh, axes, specs):
                 assert dx.sharding.is_equivalent_to(x.sharding, x.ndim)
 
 
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")], ids=str)
+def test_which_dim_of_rows_an_explicit_mesh_divides(mesh, spec):
+    rng = np.random.default_rng(12)
+    x, w, d = (rng.normal(size=shape) for shape in ((2, 8, 128), (128, 32), (2, 8, 32)))
+    x, w, d = (jnp.asarray(array, jnp.float32) for array in (x, w, d))
+    both = jax.value_and_grad(lambda x: (fp8_dot(x, w) * d).sum())
+    value, wanted = both(x)
+    with mesh(AxisType.Explicit):
+        x = jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), spec))
+        found_value, found = jax.jit(both)(x)
+        assert found.sharding.is_equivalent_to(x.sharding, 3)
+    np.testing.assert_allclose(found_value, value, 1e-5)
+    np.testing.assert_array_equal(found, wanted)
+
+
 # Main gradients.
 
 
