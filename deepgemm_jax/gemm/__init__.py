@@ -335,6 +335,8 @@ def _gemm(
     dtype = jnp.dtype(preferred_element_type)
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"{name}: preferred_element_type is {dtype}, wanted bfloat16 or float32")
+    if not isinstance(config, AnyConfig | None):
+        raise ValueError(f"{name}: config is {config!r}, wanted None or one that explain shows")
     if c is not None:
         c = jnp.asarray(c)
         if c.shape in (lengths[1:], (1, *lengths[1:])):

@@ -219,6 +219,7 @@ B = array(FLOAT8, 300, 256), array(jnp.float32, 3, 2)
         ),
         ((A, B), {"recipe": (1, 1, 128)}, ValueError, ["recipe", "(1, 1, 128)", "(1, 128, 128)"]),
         ((A, B), {"implementation": "gpu"}, ValueError, ["implementation", "'gpu'", "'cuda'"]),
+        ((A, B), {"config": "fast"}, ValueError, ["config is 'fast'", "explain"]),
     ],
 )
 def test_bad_input(arguments, keywords, error, named):
