@@ -257,7 +257,7 @@ def quantize_transpose(
 
     Args:
       x: bfloat16, float32 or float16 [M, K]; K is at least 1.
-      group_sizes: None, or int32 [G]: on the device, and free to change without compiling again.
+      group_sizes: None, or integers [G]: on the device, and free to change without compiling again.
       dtype: float8_e4m3fn or float8_e5m2.
       scale_format: "float32", "ue8m0" or "packed_ue8m0".
       implementation: "xla" for plain JAX, "cuda" for a kernel, None for whichever there is.
