@@ -14,6 +14,7 @@ BLOCK = 128
 PACKED = 4  # scales in an int32
 
 _MANTISSA = 0x7FFFFF  # of a float32
+_LEAST_UE8M0 = 1 << 22  # 2⁻¹²⁷, whose exponent is 0 in UE8M0, as float32 has it: a denormal
 
 
 @jax.tree_util.register_dataclass
@@ -203,8 +204,7 @@ def pack_ue8m0(scale: jax.Array) -> jax.Array:
     power of two becomes UE8M0's NaN, 255: data that were divided by it would be off.
     """
     bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
-    least = 1 << 22  # 2⁻¹²⁷, a denormal
-    other = ((bits & (_MANTISSA | np.int32(-(2**31)))) != 0) & (bits != least)
+    other = ((bits & (_MANTISSA | np.int32(-(2**31)))) != 0) & (bits != _LEAST_UE8M0)
     exponent = jnp.where(other, 255, bits >> 23).astype(jnp.uint8)
     *outer, entries = scale.shape
     exponent = jnp.pad(exponent, [(0, 0)] * len(outer) + [(0, -entries % PACKED)])
@@ -215,8 +215,7 @@ def pack_ue8m0(scale: jax.Array) -> jax.Array:
 def unpack_ue8m0(packed: jax.Array) -> jax.Array:
     """The float32 [..., 4 S] of int32 [..., S], as `pack_ue8m0` packs them."""
     exponent = jax.lax.bitcast_convert_type(jnp.asarray(packed), jnp.uint8).astype(jnp.int32)
-    # An exponent of 0 is 2⁻¹²⁷, which float32 has as a denormal.
-    bits = jnp.where(exponent == 0, 1 << 22, exponent << 23)
+    bits = jnp.where(exponent == 0, _LEAST_UE8M0, exponent << 23)
     scale = jnp.where(exponent == 255, jnp.nan, jax.lax.bitcast_convert_type(bits, jnp.float32))
     return scale.reshape(*packed.shape[:-1], PACKED * packed.shape[-1])
 

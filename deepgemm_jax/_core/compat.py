@@ -88,7 +88,8 @@ def of_type(x: jax.Array, sharding: Any) -> jax.Array:
 def whole(x: jax.Array) -> jax.Array:
     """x with all of its last axis on each device, if the mesh's axes are part of its type."""
     sharding = jax.typeof(x).sharding
-    return of_type(x, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1], None)))
+    spec = (*sharding.spec[:-1], None)[: x.ndim]
+    return of_type(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
 def partitioned(ctx: LoweringContext, mesh: AbstractMesh) -> bool:

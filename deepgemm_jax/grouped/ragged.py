@@ -203,9 +203,7 @@ def _ragged_dot_general(
     implementation: str | None,
 ) -> jax.Array:
     check_implementation(name, implementation)
-    group_sizes = jnp.asarray(group_sizes)
-    if group_sizes.ndim:
-        group_sizes = compat.whole(group_sizes)
+    group_sizes = compat.whole(jnp.asarray(group_sizes))
     if group_offset is not None:
         group_offset = jnp.asarray(group_offset)
         if group_offset.shape not in ((), (1,)):

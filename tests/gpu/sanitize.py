@@ -33,15 +33,15 @@ for logits_config in logits_variants(cuda_device()):
     logits = fp8_mqa_logits(q, (kv, jnp.ones(t)), jnp.ones((s, heads)), 0 * ends, ends)
     assert (jax.block_until_ready(logits.max(1))[1:] == 128 * heads).all(), logits_config
 
+# Pages of 64 keys, all ones; their scales are ones too.
+page = jnp.concatenate(
+    [
+        jnp.ones(64 * 128, jnp.float8_e4m3fn).view(jnp.uint8),
+        jnp.ones(64, jnp.float32).view(jnp.uint8),
+    ]
+)
+cache = jnp.tile(page, (3, 1)).reshape(3, 64, 1, 132)
 for next_n in range(1, 5):
-    # Pages of 64 keys, all ones; their scales are ones too.
-    page = jnp.concatenate(
-        [
-            jnp.ones(64 * 128, jnp.float8_e4m3fn).view(jnp.uint8),
-            jnp.ones(64, jnp.float32).view(jnp.uint8),
-        ]
-    )
-    cache = jnp.tile(page, (3, 1)).reshape(3, 64, 1, 132)
     q, weights = jnp.ones((2, next_n, 64, 128), jnp.float8_e4m3fn), jnp.ones((2 * next_n, 64))
     lengths, table = jnp.array([66, 5]), jnp.array([[2, 0], [1, -1]])
     logits = fp8_paged_mqa_logits(q, cache, weights, lengths, table, None, 128)

@@ -98,6 +98,7 @@ def test_the_producer_writes_the_layout():
     text = program.lower(jnp.ones((256, 1024), jnp.bfloat16)).compile().as_text()
     entry = text[text.index("\nENTRY") :]
     assert re.search(r"= (f32\[256,8\].*?)\(", entry)[1] == "f32[256,8]{0,1} fusion"
+    assert not re.search(r" (copy|transpose)\(", entry)
 
 
 @pytest.mark.parametrize("groups", [None, 3])

@@ -101,7 +101,12 @@ def test_the_gradient_of_each_groups_weight():
 @pytest.mark.parametrize(
     ("x", "sizes", "error", "words"),
     [
-        (jnp.ones((4, 4)), jnp.ones(2), TypeError, "group_sizes has dtype float32, wanted int"),
+        (
+            jnp.ones((4, 4)),
+            jnp.ones(2),
+            TypeError,
+            "group_sizes has dtype float32, wanted integers",
+        ),
         (jnp.ones((4, 4)), jnp.ones((2, 2), int), ValueError, r"group_sizes has shape \(2, 2\)"),
         (jnp.ones((4, 4)), jnp.ones(0, int), ValueError, "at least one group"),
         (jnp.ones(4), jnp.ones(2, int), ValueError, r"x of shape \(4,\)"),

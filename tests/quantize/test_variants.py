@@ -10,7 +10,7 @@ VARIANTS = [(source, x) for source, configs in config.variants().items() for x i
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    """All at once in processes of their own; the tests then read them from the cache."""
+    """In processes of their own; the tests then read them from the cache."""
     for source, configs in config.variants().items():
         compile_all(source, configs)
 
