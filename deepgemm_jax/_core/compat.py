@@ -79,17 +79,16 @@ def explicit_axes(mesh: AbstractMesh) -> set[str]:
     return {name for name, kind in axes if kind == AxisType.Explicit}
 
 
-def of_type(x: jax.Array, sharding: Any) -> jax.Array:
-    """x with this sharding where that is part of its type, as it is of a gradient's."""
-    same = not explicit_axes(sharding.mesh) or _type(x).sharding == sharding
-    return x if same else jax.sharding.reshard(x, sharding)
+def divided_as(x: jax.Array, like: Any) -> jax.Array:
+    """x, such as a gradient, divided as an array or a type is, if mesh axes are part of types."""
+    return _divided(x, _type(like).sharding)
 
 
 def whole(x: jax.Array) -> jax.Array:
     """x with all of its last axis on each device, if the mesh's axes are part of its type."""
-    sharding = jax.typeof(x).sharding
+    sharding = _type(x).sharding
     spec = (*sharding.spec[:-1], None)[: x.ndim]
-    return of_type(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    return _divided(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
 def partitioned(ctx: LoweringContext, mesh: AbstractMesh) -> bool:
@@ -114,6 +113,11 @@ def platforms(ctx: LoweringContext) -> Sequence[str]:
 def lower_fun(function: Callable) -> Callable:
     """The lowering of a traceable function that returns a list."""
     return mlir.lower_fun(function, multiple_results=True)
+
+
+def _divided(x: jax.Array, sharding: Any) -> jax.Array:
+    same = not explicit_axes(sharding.mesh) or _type(x).sharding == sharding
+    return x if same else jax.sharding.reshard(x, sharding)
 
 
 def _type(x: Any) -> Any:

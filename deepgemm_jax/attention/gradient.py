@@ -39,7 +39,7 @@ def _backward(params, operands, gradient):
     dq, dweights = op.mqa_logits_backward_q(*operands, gradient, params=params)
     dkv = op.mqa_logits_backward_kv(*operands, gradient, params=params)
     gradients = [
-        compat.of_type(dx.astype(x.dtype), jax.typeof(x).sharding)
+        compat.divided_as(dx.astype(x.dtype), x)
         for x, dx in ((q, dq), (kv, dkv), (weights, dweights))
     ]
     return *gradients, None, None

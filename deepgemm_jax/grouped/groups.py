@@ -114,6 +114,21 @@ def integers(op: str, name: str, x: Any, shape: tuple[int, ...] | None) -> jax.A
     return x
 
 
+def offset(op: str, group_offset: Any) -> jax.Array:
+    """The group of the first matrix, an integer, [1] or scalar."""
+    group_offset = jnp.asarray(group_offset)
+    wanted = group_offset.shape if group_offset.ndim == 0 else (1,)
+    return integers(op, "group_offset", group_offset, wanted).reshape(())
+
+
+def check_shard(op: str, which: str, matrices: int, groups: int) -> None:
+    """Raises a ValueError if there are matrices that are no group's, whatever the offset."""
+    if matrices > groups:
+        raise ValueError(
+            f"{op}: {which} has {matrices} groups, wanted no more than the {groups} of group_sizes"
+        )
+
+
 def exactly_one(op: str, **spellings: Any) -> None:
     given = [name for name, value in spellings.items() if value is not None]
     if len(given) != 1:

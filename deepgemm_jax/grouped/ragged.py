@@ -205,12 +205,7 @@ def _ragged_dot_general(
     check_implementation(name, implementation)
     group_sizes = compat.whole(jnp.asarray(group_sizes))
     if group_offset is not None:
-        group_offset = jnp.asarray(group_offset)
-        if group_offset.shape not in ((), (1,)):
-            raise ValueError(
-                f"{name}: group_offset has shape {group_offset.shape}, wanted (1,) or ()"
-            )
-        group_offset = groups.integers(name, "group_offset", group_offset.reshape(1), (1,))[0]
+        group_offset = groups.offset(name, group_offset)
     lhs, rhs = (
         ScaledArray(*unpack(name, which, x))
         if isinstance(x, (ScaledArray, tuple))
@@ -277,11 +272,7 @@ def _check(
     lhs, rhs = operands
     sizes = list(group_sizes.shape)
     if sharded and sizes and (group := numbers.rhs_group_dimensions):
-        if rhs.shape[group[0]] > sizes[-1]:
-            raise ValueError(
-                f"{name}: rhs has {rhs.shape[group[0]]} groups, wanted no more than the "
-                f"{sizes[-1]} of group_sizes"
-            )
+        groups.check_shard(name, "rhs", rhs.shape[group[0]], sizes[-1])
         sizes[-1] = rhs.shape[group[0]]
     try:
         # Of types alone, on no mesh, for jax.lax wants to be told the sharding on some.
@@ -437,7 +428,7 @@ def _grouped_backward(transposed, params, operands, d):
     d_lhs = _grouped(not transposed, _like(params, d, rhs, lhs.dtype), d, rhs, first, last)
     pair = (d, lhs) if transposed else (lhs, d)
     d_rhs = _contracted(_like(params, *pair, rhs.dtype), *pair, first, last)
-    return _gradient_of(lhs, d_lhs), _gradient_of(rhs, d_rhs), None, None
+    return compat.divided_as(d_lhs, lhs), compat.divided_as(d_rhs, rhs), None, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -454,11 +445,7 @@ def _contracted_backward(params, operands, d):
     lhs, rhs, first, last = operands
     d_lhs = _grouped(True, _like(params, rhs, d, lhs.dtype), rhs, d, first, last)
     d_rhs = _grouped(False, _like(params, lhs, d, rhs.dtype), lhs, d, first, last)
-    return _gradient_of(lhs, d_lhs), _gradient_of(rhs, d_rhs), None, None
-
-
-def _gradient_of(x: jax.Array, dx: jax.Array) -> jax.Array:
-    return compat.of_type(dx, jax.typeof(x).sharding)
+    return compat.divided_as(d_lhs, lhs), compat.divided_as(d_rhs, rhs), None, None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)

@@ -256,18 +256,14 @@ def _products(
     name: str, x: jax.Array, recipe: Recipe | str, implementation: str | None
 ) -> Products:
     check_implementation(name, implementation)
-    return Products(Recipe.of(name, recipe), x.dtype, jax.typeof(x).sharding, implementation)
+    return Products(Recipe.of(name, recipe), jax.typeof(x), implementation)
 
 
 def _groups(name: str, rows: int, group_sizes: Any, group_offset: Any, count: int) -> Groups:
     wanted = (count,) if group_offset is None else None
     sizes = compat.whole(groups.integers(name, "group_sizes", group_sizes, wanted))
-    first = jnp.asarray(0 if group_offset is None else group_offset)
-    first = groups.integers(name, "group_offset", first.reshape(-1), (1,))[0]
-    if count > len(sizes):
-        raise ValueError(
-            f"{name}: there are {count} weights, wanted no more than the {len(sizes)} group_sizes"
-        )
+    first = groups.offset(name, 0 if group_offset is None else group_offset)
+    groups.check_shard(name, "the weight", count, len(sizes))
     groups.report_sizes(name, sizes, rows)
     return Groups(sums.clamp(sizes, rows), first, count)
 

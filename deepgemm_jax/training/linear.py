@@ -35,7 +35,7 @@ def _backward(products, residuals, dy):
     rows, summed = products.operands(dy, of, recipe.dgrad, recipe.wgrad)
     dx = products.times(rows, w, of, transposed=True)
     dw, d_main_grad = products.sum(x, summed, of, w, main_grad)
-    return compat.of_type(dx, products.sharding), dw, None, d_main_grad
+    return compat.divided_as(dx, products.input), dw, None, d_main_grad
 
 
 linear.defvjp(_forward, _backward)

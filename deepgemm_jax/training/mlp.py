@@ -72,15 +72,15 @@ def _gradients(
         )
         operands = rows, Summed(dh, sizes), Summed(y, sizes)
     else:
-        h = h.dequantize(products.dtype) if isinstance(h, ScaledArray) else h
-        dy = compat.of_type(dy, jax.typeof(h).sharding)
+        h = h.dequantize(products.input.dtype) if isinstance(h, ScaledArray) else h
+        dy = compat.divided_as(dy, h)
         d_h, again, terms = reference.swiglu_gradients(h, dy, router_weights)
-        _, of_y = products.operands(again.astype(products.dtype), of, "bf16", recipe.wgrad)
+        _, of_y = products.operands(again.astype(products.input.dtype), of, "bf16", recipe.wgrad)
         operands = *products.operands(d_h.astype(h.dtype), of, recipe.dgrad, recipe.wgrad), of_y
         d_weights = terms.sum(-1)
     if router_weights is None:
         return *operands, None
-    return *operands, compat.of_type(d_weights, jax.typeof(router_weights).sharding)
+    return *operands, compat.divided_as(d_weights, router_weights)
 
 
 def _backward(products, residuals, d_out):
@@ -95,7 +95,7 @@ def _backward(products, residuals, d_out):
         products.sum(y, d_out, of, down, main_grads[1]),
         strict=True,
     )
-    dx = compat.of_type(dx, products.sharding)
+    dx = compat.divided_as(dx, products.input)
     return dx, d_weights, None, d_router_weights, d_main_grads
 
 

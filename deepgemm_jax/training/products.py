@@ -58,8 +58,7 @@ class Products:
     """The products of a layer; `of` is None where it is dense."""
 
     recipe: Recipe
-    dtype: Any  # of its input, its result and the input's gradient
-    sharding: Any  # of its input and its gradient
+    input: Any  # the type of its input and of the input's gradient
     implementation: str | None
 
     def operands(
@@ -88,7 +87,7 @@ class Products:
         """x w or x wᵀ. Rows of no group are zero."""
         product: Callable[..., jax.Array]
         options: dict[str, Any] = {
-            "preferred_element_type": self.dtype,
+            "preferred_element_type": self.input.dtype,
             "implementation": self.implementation,
         }
         if of is not None:
@@ -144,7 +143,7 @@ class Products:
                 k_grouped_fp8_gemm_nt_contiguous if scaled else k_grouped_bf16_gemm_tn_contiguous
             )
         dw = product(x.operand, dy.operand, main_grad, **options)
-        dw = compat.of_type(dw, jax.typeof(w if main_grad is None else main_grad).sharding)
+        dw = compat.divided_as(dw, w if main_grad is None else main_grad)
         return (dw, None) if main_grad is None else (None, dw)
 
 

@@ -184,7 +184,7 @@ def test_shards_of_the_groups(recipe):
         ({"implementation": "gpu"}, ValueError, "implementation is 'gpu'"),
         ({"main_grads": [np.zeros((2, 32, 64))] * 2}, ValueError, "main gradient has shape"),
         ({"main_grads": [np.zeros((2, 32, 64))]}, ValueError, "main_grads has 1 arrays"),
-        ({"group_sizes": np.zeros(1, int), "group_offset": 0}, ValueError, "there are 2 weights"),
+        ({"group_sizes": np.zeros(1, int), "group_offset": 0}, ValueError, "weight has 2 groups"),
     ],
 )
 def test_bad_input(changed, error, named):
