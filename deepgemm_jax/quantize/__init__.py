@@ -536,17 +536,18 @@ ScaledArray(float8_e4m3fn[8,256,384], scale=float32[8,2,3])
         raise ValueError(f"{name}: w has shape {w.shape}, wanted 2 or 3 dimensions")
     params = op.CastParams(implementation, *_formats(name, dtype, scale_format))
 
+    # What transposes as it casts has both forms anyway.
+    both_ways = transposed or layout == "kn"
     cast = functools.partial(
-        op.per_block_cast_both_ways if transposed else op.per_block_cast_to_fp8, params=params
+        op.per_block_cast_both_ways if both_ways else op.per_block_cast_to_fp8, params=params
     )
-    if layout == "kn" and not transposed:
-        w = jnp.swapaxes(w, -1, -2)
     data, scale, *swapped = cast(w) if w.ndim == 2 else jax.vmap(cast)(w)
-    weight = _scaled((data, scale), scale_format)
-    if not transposed:
-        return weight
+    given = _scaled((data, scale), scale_format)
+    if not both_ways:
+        return given
     other = _scaled((*swapped, jnp.swapaxes(scale, -1, -2)), scale_format)
-    return (weight, other) if layout == "nk" else (other, weight)
+    weight, backward = (given, other) if layout == "nk" else (other, given)
+    return (weight, backward) if transposed else weight
 
 
 def _cast(op_: Op, x: Any, dtype: Any, scale_format: str, implementation: str | None):
