@@ -15,7 +15,8 @@ FILE = """\
 namespace deepgemm::jit {{
 
 const std::vector<std::pair<std::string, std::string>>& device_sources() {{
-  static const std::vector<std::pair<std::string, std::string>> sources = {{
+  // Never destroyed: XLA's threads may outlive static objects.
+  static const auto& sources = *new std::vector<std::pair<std::string, std::string>>{{
 {entries}
   }};
   return sources;

@@ -52,12 +52,8 @@ attention::Operands operands_of(const LogitsState& state, const ffi::AnyBuffer& 
 }
 
 void launch(jit::CUstream stream, const LogitsState& state, const attention::Operands& operands) {
-  attention::Params params = attention::params_of(state.config, state.num_sms, operands);
-  void* args[] = {&params};
-  state.kernel.launch(
-      {stream, static_cast<unsigned>(state.num_sms), static_cast<unsigned>(state.config.threads()),
-       /*cluster=*/1, static_cast<unsigned>(state.config.smem_bytes()), /*pdl=*/true},
-      args);
+  state.kernel.launch({stream, state.num_sms, state.config.threads(), state.config.smem_bytes()},
+                      attention::params_of(state.config, state.num_sms, operands));
 }
 
 ffi::Error execute(jit::CUstream stream, LogitsState* state, ffi::AnyBuffer q, ffi::AnyBuffer keys,
@@ -102,13 +98,11 @@ ffi::Error execute_topk(jit::CUstream stream, TopkState* state, ffi::AnyBuffer l
   return jit::guarded(kTopk, [&] {
     using Config = attention::TopkConfig;
     const auto dims = logits.dimensions();
-    attention::TopkParams params = {
-        logits.untyped_data(), static_cast<int*>(indices->untyped_data()), scores->untyped_data(),
-        static_cast<int>(dims[1]), static_cast<int>(indices->dimensions().back())};
-    void* args[] = {&params};
-    state->kernel.launch({stream, static_cast<unsigned>(dims[0]), Config::kThreads,
-                          /*cluster=*/1, Config::kSmemBytes, /*pdl=*/true},
-                         args);
+    const attention::TopkParams params = {logits.untyped_data(), jit::address<int>(*indices),
+                                          scores->untyped_data(), static_cast<int>(dims[1]),
+                                          static_cast<int>(indices->dimensions().back())};
+    state->kernel.launch({stream, static_cast<int>(dims[0]), Config::kThreads, Config::kSmemBytes},
+                         params);
   });
 }
 

@@ -33,11 +33,8 @@ constexpr int kSharers = 4 / kAbreast;           // neighbours that have heads o
 constexpr int kHeads = config.heads / kSharers;  // of a query, that a thread has
 constexpr int kFillWarps = 3;
 
-// Registers move from the producer, which needs few, to the consumers.
-constexpr int kLaunchRegisters = 65536 / config.threads() / 8 * 8;
 constexpr int kProducerRegisters = 56;
-constexpr int kConsumerRegisters =
-    (kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / config.consumers()) / 8 * 8;
+constexpr int kConsumerRegisters = consumer_registers(config.consumers(), kProducerRegisters);
 
 // A place in one of the two rings: a slot, and the parity of how often the ring has gone round.
 template <int slots>

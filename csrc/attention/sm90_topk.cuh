@@ -13,7 +13,7 @@
 #pragma once
 
 #include "attention/config.h"
-#include "device/ptx.cuh"
+#include "device/sums.cuh"
 
 namespace deepgemm::attention {
 
@@ -80,7 +80,7 @@ struct Row {
 
   template <class F>
   __forceinline__ void vector(int v, F f) const {
-    const uint4 x = __ldg(reinterpret_cast<const uint4*>(begin + head * kSize) + v);
+    const uint4 x = reinterpret_cast<const uint4*>(begin + head * kSize)[v];
     const uint32_t words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
@@ -98,27 +98,6 @@ struct Row {
     if (tail < columns) element(tail, f);
   }
 };
-
-// The sum of the values of all threads before this one, and of all.
-__forceinline__ int sum_before(int x, int* sums, int& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int sum = x;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int left = __shfl_up_sync(0xffffffff, sum, step);
-    if (lane >= step) sum += left;
-  }
-  if (lane == 31) sums[warp] = sum;
-  __syncthreads();
-  int before = sum - x;
-  total = 0;
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) {
-    if (i == warp) before += total;
-    total += sums[i];
-  }
-  return before;
-}
 
 // Finds the next digit. `each(f)` calls f with all numbers, and those that are no candidates if it
 // likes; fewer than are wanted at the first digit are all that there are.
@@ -139,7 +118,7 @@ __forceinline__ void find_digit(Shared& s, Search& search, int& wanted, Each eac
   int sum = 0, total;
 #pragma unroll
   for (int i = 0; i < own; ++i) sum += s.bins[digit - i];
-  int above = search.above + sum_before(sum, s.sums, total);
+  int above = search.above + sum_before<kThreads>(sum, s.sums, total);
   wanted = min(wanted, search.above + total);
   if (above < wanted && wanted <= above + sum) {
     for (; above + s.bins[digit] < wanted; --digit) above += s.bins[digit];

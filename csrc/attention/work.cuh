@@ -7,7 +7,7 @@
 #pragma once
 
 #include "attention/config.h"
-#include "device/ptx.cuh"
+#include "device/sums.cuh"
 
 namespace deepgemm::attention {
 
@@ -65,8 +65,6 @@ struct Scratch {
 // By all threads.
 template <Config config>
 __forceinline__ Share share_of_cta(const Params& p, Scratch& scratch) {
-  constexpr int warps = config.threads() / 32;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int blocks = p.sequences * ceil_div(p.queries, config.block_queries());
   const int each = ceil_div(blocks, config.threads());
   const int first = min(blocks, static_cast<int>(threadIdx.x) * each);
@@ -78,18 +76,7 @@ __forceinline__ Share share_of_cta(const Params& p, Scratch& scratch) {
     own += units_of(p, part);
   }
 
-  int sum = own;  // of the warp's threads up to this one
-  for (int step = 1; step < 32; step *= 2) {
-    const int left = __shfl_up_sync(0xffffffff, sum, step);
-    if (lane >= step) sum += left;
-  }
-  if (lane == 31) scratch.sums[warp] = sum;
-  __syncthreads();
-  int before = sum - own, total = 0;
-  for (int i = 0; i < warps; ++i) {
-    if (i == warp) before += total;
-    total += scratch.sums[i];
-  }
+  int total, before = sum_before<config.threads()>(own, scratch.sums, total);
   const int share = p.by_ctas(total + gridDim.x - 1);
   const int begin = min(total, static_cast<int>(blockIdx.x) * share);
   const int remain = min(share, total - begin);

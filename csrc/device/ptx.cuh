@@ -261,14 +261,6 @@ __forceinline__ void stmatrix_transposed(uint32_t shared, uint32_t x0, uint32_t 
       : "memory");
 }
 
-// Of an 8 x 8 matrix of 16-bit elements, lane i holds elements 2 * (i % 4) + {0, 1} of row i / 4
-// and gets those of column i / 4.
-__forceinline__ uint32_t transpose_matrix(uint32_t x) {
-  uint32_t transposed;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(x));
-  return transposed;
-}
-
 // ---- clusters, dependent launches, registers --------------------------------------------------
 
 // The value of lane 0, which the compiler then knows to be the same in the whole warp.

@@ -44,4 +44,12 @@ struct Divisor {
   }
 };
 
+// Registers move from a producing warpgroup, which needs few, to those that consume; a launch gives
+// each thread the same share of 65,536, in multiples of 8, and the shares cannot grow beyond what
+// it gave.
+constexpr int consumer_registers(int consumers, int producer_registers) {
+  const int launched = 65536 / (128 * (consumers + 1)) / 8 * 8;
+  return (launched + (launched - producer_registers) / consumers) / 8 * 8;
+}
+
 }  // namespace deepgemm

@@ -77,20 +77,16 @@ gemm::Operands operands_of(const ffi::RemainingArgs& args, ffi::RemainingRets& r
 
 template <class Config>
 void launch(const Config& config, const GemmState& state, jit::CUstream stream,
-            gemm::Operands operands) {
-  auto [params, clusters] = gemm::plan(config, state.num_sms, operands);
+            const gemm::Operands& operands) {
+  const auto [params, clusters] = gemm::plan(config, state.num_sms, operands);
   if (state.runs) {
-    void* runs_args[] = {&operands.groups[0], &params.m, &params.num_groups, &params.spans};
-    state.runs->launch({stream, gemm::kRunsCtas, gemm::kRunsThreads, gemm::kRunsCtas,
-                        gemm::kRunsSharedBytes, /*pdl=*/true},
-                       runs_args);
+    state.runs->launch({stream, gemm::kRunsCtas, gemm::kRunsThreads, gemm::kRunsSharedBytes,
+                        /*cluster=*/gemm::kRunsCtas},
+                       operands.groups[0], params.m, params.num_groups, params.spans);
   }
-  void* kernel_args[] = {&params};
-  state.kernel.launch(
-      {stream, static_cast<unsigned>(clusters * config.cluster()),
-       static_cast<unsigned>(config.threads()), static_cast<unsigned>(config.cluster()),
-       static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
-      kernel_args);
+  state.kernel.launch({stream, clusters * config.cluster(), config.threads(), config.smem_bytes(),
+                       config.cluster()},
+                      params);
 }
 
 ffi::Error execute(jit::CUstream stream, GemmState* state, ffi::RemainingArgs args,

@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(kRunsThreads)
   wait_for_previous_kernel();
   const int warp = blockIdx.x * (kRunsThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto id_of = [&](int row) {
-    const int id = __ldg(ids + row);
+    const int id = ids[row];
     return id >= 0 && id < groups ? id : -1;
   };
   // Behind so many: the next run of the id's kind, or with `back` of 1 the last one.

@@ -23,12 +23,8 @@
 
 namespace deepgemm::gemm {
 
-// Registers move from the producer, which needs few, to the consumers; a launch gives each thread
-// the same share of 65,536, in multiples of 8, and the shares cannot grow beyond what it gave.
-constexpr int kLaunchRegisters = 65536 / config.threads() / 8 * 8;
 constexpr int kProducerRegisters = config.consumers == 2 && config.scales != kChannels ? 40 : 56;
-constexpr int kConsumerRegisters =
-    (kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / config.consumers) / 8 * 8;
+constexpr int kConsumerRegisters = consumer_registers(config.consumers, kProducerRegisters);
 // One consumer gets enough from the launch.
 constexpr bool kMoveRegisters = config.consumers > 1;
 

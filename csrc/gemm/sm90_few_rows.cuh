@@ -33,12 +33,8 @@ constexpr int kOwned = config.owned();
 constexpr bool kScaled = config.scales != kNoScales;
 constexpr int kConsumerWarps = config.consumers * 4;  // that multiply
 
-// Registers move from the producer, which needs few, to the consumers; a launch gives each thread
-// the same share of 65,536, in multiples of 8, and the shares cannot grow beyond what it gave.
-constexpr int kLaunchRegisters = 65536 / config.threads() / 8 * 8;
 constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters =
-    (kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / config.consumers) / 8 * 8;
+constexpr int kConsumerRegisters = consumer_registers(config.consumers, kProducerRegisters);
 // Narrow tiles and single consumers get enough from the launch.
 constexpr bool kMoveRegisters = config.consumers > 1 && config.block_m > 32;
 

@@ -196,12 +196,12 @@ struct LaneScales {
       if (has_row()) block.a = *reinterpret_cast<const Neighbours*>(a);
     } else {
 #pragma unroll
-      for (int i = 0; i < kNeighbours; ++i) block.a.x[i] = i < rows ? __ldg(a + i) : 0;
+      for (int i = 0; i < kNeighbours; ++i) block.a.x[i] = i < rows ? a[i] : 0;
     }
     a += p.m;
 #pragma unroll
     for (int j = 0; j < kScalesPerRow; ++j) {
-      block.b[j] = __ldg(b[j] + turn);
+      block.b[j] = b[j][turn];
       if (turn == kAhead - 1) b[j] += kAhead;
     }
   }
@@ -241,7 +241,7 @@ struct LaneOfBoth {
   template <bool whole>
   __forceinline__ float load(int i) const {
     const int row = (i < kA ? i : i - kA) * kStride;
-    return whole || row < (i < kA ? a_rows : b_rows) ? __ldg((i < kA ? a : b) + row) : 0;
+    return whole || row < (i < kA ? a_rows : b_rows) ? (i < kA ? a : b)[row] : 0;
   }
 };
 

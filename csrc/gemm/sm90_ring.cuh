@@ -172,22 +172,22 @@ struct Tiles {
   __forceinline__ bool next_span(Span& span) const {
     if (config.groups == kContiguous && p.spans) {
       const int at = number < 0 ? p.m + 1 + number : number;
-      const int4 x = __ldg(reinterpret_cast<const int4*>(p.spans) + at);
+      const int4 x = reinterpret_cast<const int4*>(p.spans)[at];
       span = {x.x, x.y, x.z};
       return span.start < p.m;
     }
     if (number == p.num_groups) return false;
     if constexpr (config.groups == kMasked) {
-      span = {0, min(__ldg(p.sizes + number), p.m), number};
+      span = {0, min(p.sizes[number], p.m), number};
     } else if (number >= 0) {
-      span.start = max(__ldg(p.starts + number), 0);
-      span.end = max(min(__ldg(p.ends + number), config.groups == kAlongK ? p.k : p.m), span.start);
+      span.start = max(p.starts[number], 0);
+      span.end = max(min(p.ends[number], config.groups == kAlongK ? p.k : p.m), span.start);
       span.group = number;
     } else {
       // Rows of no group are behind the last one, and before the first.
       const bool behind = number == -1;
-      span.start = behind ? __ldg(p.ends + p.num_groups - 1) : 0;
-      span.end = behind ? p.m : __ldg(p.starts);
+      span.start = behind ? p.ends[p.num_groups - 1] : 0;
+      span.end = behind ? p.m : *p.starts;
       span.group = -1;
       return number >= -2;
     }

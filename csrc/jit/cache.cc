@@ -144,9 +144,11 @@ Cache::Lock::Lock(int directory, std::string name)
       file_(openat(directory, name_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)) {
   const auto deadline = std::chrono::steady_clock::now() + kLongestWait;
   while (file_ >= 0 && flock(file_, LOCK_EX | LOCK_NB) != 0) {
-    if ((errno == EWOULDBLOCK || errno == EINTR) && std::chrono::steady_clock::now() < deadline) {
+    const bool held = errno == EWOULDBLOCK || errno == EINTR;
+    if (held && std::chrono::steady_clock::now() < deadline) {
       std::this_thread::sleep_for(std::chrono::milliseconds(5));
     } else {
+      if (!held) unlinkat(directory_, name_.c_str(), 0);
       close(file_);
       file_ = -1;
     }

@@ -15,8 +15,9 @@
 namespace deepgemm::jit {
 namespace {
 
-std::mutex settings_mutex;
-Settings configured;
+// Never destroyed: XLA's threads may outlive static objects.
+auto& settings_mutex = *new std::mutex;
+auto& configured = *new Settings;
 
 Settings settings() {
   std::lock_guard lock(settings_mutex);
@@ -41,11 +42,11 @@ std::vector<std::string> options(const Variant& variant) {
 }
 
 const std::string& sources_digest() {
-  static const std::string digest = [] {
+  static const auto& digest = *new std::string([] {
     Sha256 hash;
     for (const auto& [name, text] : device_sources()) hash.field(name).field(text);
     return hash.hex();
-  }();
+  }());
   return digest;
 }
 

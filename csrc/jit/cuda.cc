@@ -59,8 +59,8 @@ std::optional<int> driver_version() {
 
 double memory_gbs(CUdevice device) {
   const auto get = [&](CUdevice_attribute attribute) {
-    int value;
-    check("cuDeviceGetAttribute", driver().cuDeviceGetAttribute(&value, attribute, device));
+    int value = 0;
+    driver().cuDeviceGetAttribute(&value, attribute, device);
     return value;
   };
   const double khz = get(CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE);

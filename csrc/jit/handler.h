@@ -22,6 +22,11 @@ xla::ffi::Error guarded(const char* op, F f) {
   }
 }
 
+template <class T>
+T* address(const xla::ffi::AnyBuffer& x) {
+  return static_cast<T*>(x.untyped_data());
+}
+
 // The state of a call site, which the devices that execute it share. A kernel family adds to it.
 template <class Config>
 struct State {

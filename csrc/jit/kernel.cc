@@ -64,22 +64,23 @@ void Kernel::prepare(int smem_bytes) const {
   prepared_.fetch_or(bit, std::memory_order_release);
 }
 
-void Kernel::launch(const Launch& launch, void** args) const {
+void Kernel::launch_with(const Launch& launch, void** parameters) const {
   CUlaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (launch.cluster > 1) {
-    attributes[count].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    attributes[count++].value.clusterDim = {launch.cluster, 1, 1};
-  }
-  if (launch.pdl) {
-    attributes[count].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    attributes[count++].value.programmaticStreamSerializationAllowed = 1;
-  }
-  const CUlaunchConfig config = {
-      launch.grid, 1, 1, launch.block, 1, 1, launch.smem_bytes, launch.stream, attributes, count};
+  attributes[0].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  attributes[0].value.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  attributes[1].value.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+  CUlaunchConfig config = {};
+  config.gridDimX = launch.grid;
+  config.blockDimX = launch.block;
+  config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
+  config.sharedMemBytes = launch.smem_bytes;
+  config.hStream = launch.stream;
+  config.attrs = attributes;
+  config.numAttrs = launch.cluster > 1 ? 2 : 1;
   // A CUkernel goes where a CUfunction is asked for; the stream then tells the context.
   const CUfunction function = reinterpret_cast<CUfunction>(handle_);
-  check("cuLaunchKernelEx", driver().cuLaunchKernelEx(&config, function, args, nullptr));
+  check("cuLaunchKernelEx", driver().cuLaunchKernelEx(&config, function, parameters, nullptr));
 }
 
 }  // namespace deepgemm::jit

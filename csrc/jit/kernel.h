@@ -13,11 +13,10 @@ namespace deepgemm::jit {
 
 struct Launch {
   CUstream stream;
-  unsigned grid;        // CTAs
-  unsigned block;       // threads a CTA
-  unsigned cluster;     // CTAs a cluster
-  unsigned smem_bytes;  // dynamic shared memory a CTA
-  bool pdl;             // may begin before the stream's last kernel has ended (griddepcontrol)
+  int grid;         // CTAs
+  int block;        // threads a CTA
+  int smem_bytes;   // dynamic shared memory a CTA
+  int cluster = 1;  // CTAs a cluster
 };
 
 // One for each variant, for the life of the process, shared by all threads, devices and call sites.
@@ -31,10 +30,17 @@ class Kernel {
   // memory, always the same for a variant. All but a device's first call cost nanoseconds.
   void prepare(int smem_bytes) const;
 
-  // Execute: args as for cuLaunchKernel, the addresses of the kernel's parameters.
-  void launch(const Launch& launch, void** args) const;
+  // Execute, with the kernel's parameters. It may begin before the stream's last kernel has ended,
+  // and waits for that itself (griddepcontrol).
+  template <class... Parameters>
+  void launch(const Launch& launch, Parameters... parameters) const {
+    void* addresses[] = {&parameters...};
+    launch_with(launch, addresses);
+  }
 
  private:
+  void launch_with(const Launch& launch, void** parameters) const;
+
   explicit Kernel(std::string cubin) : cubin_(std::move(cubin)) {}
 
   // What prepare() does, it does once, under the mutex.

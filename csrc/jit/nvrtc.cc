@@ -64,8 +64,9 @@ Nvrtc load(const Libraries& libraries) {
 }
 
 const Nvrtc& nvrtc(const Libraries& libraries) {
-  static std::mutex mutex;
-  static std::map<Libraries, Nvrtc> opened;
+  // Never destroyed: XLA's threads may outlive static objects.
+  static auto& mutex = *new std::mutex;
+  static auto& opened = *new std::map<Libraries, Nvrtc>;
   std::lock_guard lock(mutex);
   auto found = opened.find(libraries);
   if (found == opened.end()) found = opened.emplace(libraries, load(libraries)).first;

@@ -22,19 +22,15 @@ ffi::Error execute(jit::CUstream stream, State* state, ffi::AnyBuffer x,
     const Config& config = state->config;
     const auto dims = x.dimensions();
     Params params = {};
-    params.x = static_cast<const unsigned char*>(x.untyped_data());
-    params.y = static_cast<unsigned char*>(y->untyped_data());
+    params.x = jit::address<const unsigned char>(x);
+    params.y = jit::address<unsigned char>(*y);
     params.m = dims[dims.size() - 2];
     params.n = dims.back();
     params.tiles =
         TileGrid::of(dims.size() == 3 ? dims.front() : 1, ceil_div(params.m, config.tile()),
                      ceil_div(params.n, config.tile()));
-
-    void* args[] = {&params};
-    state->kernel.launch({stream, static_cast<unsigned>(config.ctas(params)),
-                          static_cast<unsigned>(config.threads()), /*cluster=*/1,
-                          static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
-                         args);
+    state->kernel.launch({stream, config.ctas(params), config.threads(), config.smem_bytes()},
+                         params);
   });
 }
 

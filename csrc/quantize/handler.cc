@@ -5,6 +5,8 @@ namespace ffi = xla::ffi;
 namespace deepgemm::quantize {
 namespace {
 
+using jit::address;
+
 constexpr char kOp[] = "quantize";
 
 ffi::ErrorOr<std::unique_ptr<RowsState>> rows_instantiate(ffi::Span<const int64_t> config,
@@ -26,11 +28,6 @@ ffi::Error tiles_initialize(TilesState* state) {
   return jit::guarded(kOp, [&] { state->kernel.prepare(state->config.smem_bytes()); });
 }
 
-template <class T>
-T* address(const ffi::AnyBuffer& x) {
-  return static_cast<T*>(x.untyped_data());
-}
-
 ffi::Error rows_execute(jit::CUstream stream, RowsState* state, ffi::AnyBuffer x,
                         ffi::RemainingArgs more, ffi::Result<ffi::AnyBuffer> data,
                         ffi::RemainingRets rest) {
@@ -50,12 +47,7 @@ ffi::Error rows_execute(jit::CUstream stream, RowsState* state, ffi::AnyBuffer x
     params.k = x.dimensions()[1] / (config.gated() ? 2 : 1);
     params.round_up = state->round_up;
     params.by_blocks = Divisor::of(params.blocks());
-
-    void* args[] = {&params};
-    state->kernel.launch(
-        {stream, static_cast<unsigned>(config.ctas(params)),
-         static_cast<unsigned>(config.threads()), /*cluster=*/1, /*smem_bytes=*/0, /*pdl=*/true},
-        args);
+    state->kernel.launch({stream, config.ctas(params), config.threads(), /*smem_bytes=*/0}, params);
   });
 }
 
@@ -88,12 +80,8 @@ ffi::Error tiles_execute(jit::CUstream stream, TilesState* state, ffi::AnyBuffer
       params.group_sizes = address<const int>(sizes);
       params.groups = sizes.dimensions().back();
     }
-
-    void* args[] = {&params};
-    state->kernel.launch({stream, static_cast<unsigned>(config.ctas(params)),
-                          static_cast<unsigned>(config.threads()), /*cluster=*/1,
-                          static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
-                         args);
+    state->kernel.launch({stream, config.ctas(params), config.threads(), config.smem_bytes()},
+                         params);
   });
 }
 

@@ -14,15 +14,13 @@
 // fill up its last one, and t runs over these; rows of no group are zero.
 #pragma once
 
+#include "quantize/columns.cuh"
 #include "quantize/groups.cuh"
-#include "quantize/vector.cuh"
 
 namespace deepgemm::quantize {
 
 constexpr TilesConfig config{CONFIG};
 
-constexpr int kRows = 8;  // of a thread
-constexpr int kWarps = config.threads() / 32;
 // A multiprocessor's, with 32 KB of x in flight each.
 constexpr int kCtas = config.float32 ? 2 : config.tiling == kPerBlockBothWays ? 3 : 4;
 
@@ -41,11 +39,10 @@ __forceinline__ void clear(const TilesParams& p, int tile) {
 }
 
 struct Shared {
-  float amax[kWarps][kBlock];  // of a warp's rows, each column's
-  float reciprocal[kBlock];    // of a column's scale
-  uint2 columns[kBlock][16];   // of the transposed, 8 bytes of it for each 8 rows of x
+  ColumnScales of_columns;
+  uint2 columns[kBlock][16];  // of the transposed, 8 bytes of it for each 8 rows of x
 };
-static_assert(sizeof(Shared) == config.smem_bytes());
+static_assert(sizeof(Shared) == config.smem_bytes() && config.threads() == kWarps * 32);
 
 using Input = Vector<config.float32>;
 
@@ -82,57 +79,28 @@ struct Tile {
     });
   }
 
-  // Of the thread's part of each of its columns.
-  __forceinline__ Input largest_of_columns() const {
-    Input largest = x[0];
-#pragma unroll
-    for (int i = 1; i < kRows; ++i) largest.take_larger(x[i]);
-    return largest;
-  }
-
-  // Writes a scale for each of the tile's columns, `scale` being that of the first, and leaves in
-  // `reciprocal` what the thread divides its own columns by.
-  __forceinline__ void scale_columns(float* scale, float (&reciprocal)[kVector]) {
-    const int warp = threadIdx.x / 32;
-    const Input largest = largest_of_columns();
-    float amax[kVector];
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      amax[j] = larger(largest[j], __shfl_xor_sync(0xffffffff, largest[j], 16));
-    }
-    if (threadIdx.x % 32 < 16) {
-      float4* out = reinterpret_cast<float4*>(&shared.amax[warp][column]);
-      out[0] = {amax[0], amax[1], amax[2], amax[3]};
-      out[1] = {amax[4], amax[5], amax[6], amax[7]};
-    }
-    __syncthreads();
-    if (const int own = threadIdx.x; own < kBlock) {
-      float of_all = shared.amax[0][own];
-#pragma unroll
-      for (int i = 1; i < kWarps; ++i) of_all = larger(of_all, shared.amax[i][own]);
-      const float of_column = scale_of<config.e5m2>(of_all, p.round_up);
-      if (k0 + own < p.k) scale[own] = of_column;
-      shared.reciprocal[own] = __frcp_rn(of_column);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) reciprocal[j] = shared.reciprocal[column + j];
+  // Of the tile's columns, to an array of all scales of such.
+  __forceinline__ void scale_columns(float* scales, float (&of_column)[kVector]) {
+    float* scale = scales + ((long long)batch * p.tiles.rows + t) * p.k + k0;
+    quantize::scale_columns<config.e5m2>(shared.of_columns, x, column, scale, p.k - k0, p.round_up,
+                                         of_column);
   }
 
   __forceinline__ void quantise_columns() {
-    float reciprocal[kVector];
-    scale_columns(p.scale + ((long long)batch * p.tiles.rows + t) * p.k + k0, reciprocal);
-    store(reciprocal);
+    float of_column[kVector];
+    scale_columns(p.scale, of_column);
+    store(of_column);
   }
 
   __forceinline__ void quantise_block() {
-    float amax = largest_of_columns().amax();
+    float amax = largest_of_columns(x).amax();
     amax = larger(amax, __shfl_xor_sync(0xffffffff, amax, 16));
     const float of_lanes[] = {amax};
-    shared.amax[0][threadIdx.x / 32] = reduce_over_16_lanes(of_lanes, larger);
+    float* of_warps = shared.of_columns.amax[0];
+    of_warps[threadIdx.x / 32] = reduce_over_16_lanes(of_lanes, larger);
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) amax = larger(amax, shared.amax[0][i]);
+    for (int i = 0; i < kWarps; ++i) amax = larger(amax, of_warps[i]);
     const float scale = scale_of<config.e5m2>(amax, p.round_up);
     if (threadIdx.x == 0) {
       p.scale[((long long)batch * p.tiles.rows + t) * p.tiles.columns + k0 / kBlock] = scale;
@@ -163,7 +131,7 @@ struct Tile {
       if (valid) store_result(address, bytes);
     });
     float of_column[kVector];
-    scale_columns(p.t_scale + ((long long)batch * p.tiles.rows + t) * p.k + k0, of_column);
+    scale_columns(p.t_scale, of_column);
     store_transposed(of_column);
   }
 

@@ -2,11 +2,11 @@
 // them.
 #pragma once
 
-#include "device/scheduler.cuh"
+#include "quantize/config.h"
 
 namespace deepgemm::training {
 
-constexpr int kBlock = 128;  // elements along a dim that share a scale
+using quantize::kBlock;
 
 struct SwigluForwardParams {
   const void* h;         // bfloat16 [m, 2 k]: gate and up beside each other

@@ -5,6 +5,8 @@ namespace ffi = xla::ffi;
 namespace deepgemm::training {
 namespace {
 
+using jit::address;
+
 constexpr char kOp[] = "training";
 
 template <class Config>
@@ -18,18 +20,10 @@ ffi::Error initialize(State<Config>* state) {
 }
 
 template <class Config>
-void launch(const State<Config>& state, jit::CUstream stream, typename Config::Params& params) {
+void launch(const State<Config>& state, jit::CUstream stream,
+            const typename Config::Params& params) {
   constexpr Config config;
-  void* args[] = {&params};
-  state.kernel.launch(
-      {stream, static_cast<unsigned>(config.ctas(params)), static_cast<unsigned>(config.threads()),
-       /*cluster=*/1, static_cast<unsigned>(config.smem_bytes()), /*pdl=*/true},
-      args);
-}
-
-template <class T>
-T* address(const ffi::AnyBuffer& x) {
-  return static_cast<T*>(x.untyped_data());
+  state.kernel.launch({stream, config.ctas(params), config.threads(), config.smem_bytes()}, params);
 }
 
 const float* weights_of(ffi::RemainingArgs args) {

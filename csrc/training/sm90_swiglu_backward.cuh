@@ -16,19 +16,17 @@
 #pragma once
 
 #include "quantize/activation.cuh"
+#include "quantize/columns.cuh"
 #include "quantize/groups.cuh"
-#include "quantize/vector.cuh"
 #include "training/config.h"
 
 namespace deepgemm::training {
 
+using quantize::kRows;
 using quantize::kVector;
 using quantize::reduce_over_16_lanes;
 
 constexpr SwigluBackward config{CONFIG};
-
-constexpr int kRows = 8;  // of a thread
-constexpr int kWarps = config.threads() / 32;
 
 using Row = quantize::Vector<false>;
 
@@ -42,8 +40,7 @@ enum Place { kDGate, kDUp, kY, kPlaces, kDy = kDUp, kH = kY };
 
 struct Shared {
   uint4 rows[kPlaces][kRows][config.threads()];
-  float amax[kWarps][kBlock];  // of a warp's rows, each column's
-  float reciprocal[kBlock];    // of a column's scale
+  quantize::ColumnScales of_columns;
 };
 static_assert(sizeof(Shared) == config.smem_bytes());
 
@@ -181,44 +178,20 @@ struct Tile {
 
   // To `data` [columns, t_rows] and `scale`, of which the tile begins at column `first`.
   __forceinline__ void quantise_columns(unsigned char* data, float* scale, int first) {
-    Row largest = result[0];
-#pragma unroll
-    for (int i = 1; i < kRows; ++i) largest.take_larger(result[i]);
-    float amax[kVector];
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      amax[j] = larger(largest[j], __shfl_xor_sync(0xffffffff, largest[j], 16));
-    }
-    if (threadIdx.x % 32 < 16) {
-      float4* out = reinterpret_cast<float4*>(&shared.amax[threadIdx.x / 32][column]);
-      out[0] = {amax[0], amax[1], amax[2], amax[3]};
-      out[1] = {amax[4], amax[5], amax[6], amax[7]};
-    }
-    __syncthreads();
-    if (const int own = threadIdx.x; own < kBlock) {
-      float of_all = shared.amax[0][own];
-#pragma unroll
-      for (int i = 1; i < kWarps; ++i) of_all = larger(of_all, shared.amax[i][own]);
-      const float of_column = quantize::scale_of<false>(of_all, 0);
-      scale[first + own] = of_column;
-      shared.reciprocal[own] = __frcp_rn(of_column);
-    }
-    __syncthreads();
+    float of_column[kVector];
+    quantize::scale_columns<false>(shared.of_columns, result, column, scale + first, kBlock, 0,
+                                   of_column);
 
     Columns& columns = *reinterpret_cast<Columns*>(shared.rows[kDGate]);
     // Where they are depends on the column, so that threads of a row do not meet in a bank.
     const int unit = row / kRows ^ column / kVector;
-    const auto* reciprocals = reinterpret_cast<const float4*>(&shared.reciprocal[column]);
-    const float4 low = reciprocals[0], high = reciprocals[1];
-    const float of_columns[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      const float of_column = of_columns[j];
       unsigned short pairs[kRows / 2];
 #pragma unroll
       for (int i = 0; i < kRows; i += 2) {
-        pairs[i / 2] = to_fp8<false>(multiply_flushed(result[i][j], of_column),
-                                     multiply_flushed(result[i + 1][j], of_column));
+        pairs[i / 2] = to_fp8<false>(multiply_flushed(result[i][j], of_column[j]),
+                                     multiply_flushed(result[i + 1][j], of_column[j]));
       }
       columns[column + j][unit] = {join(pairs[0], pairs[1]), join(pairs[2], pairs[3])};
     }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cast_oracles import FP8, assert_close, assert_same, random_input
 from kernel_simulator import Divisor, SimulatedKernel, TileGrid, aligned, unwritten
+from simulator_build import build
 
 from deepgemm_jax import ScaledArray
 from deepgemm_jax.quantize import (
@@ -261,3 +262,15 @@ def test_groups(tiles):
         *wanted, _ = quantize(x, sizes)
         for result, want in zip(results, wanted, strict=True):
             assert_same(result, want.data, want.scale)
+
+
+def test_sums_of_sizes_do_not_overflow(tmp_path):
+    """However many rows there are, and however many more the sizes add up to."""
+    run = build("groups.cc", [], tmp_path).run
+    run.argtypes = POINTER, INT, INT, INT, POINTER
+    m = 2**31 - 1000
+    sizes = np.full(40, 2**31 - 1, np.int32)
+    found = np.zeros(3, np.int32)
+    for t0, rows in [(0, 128), (m // 128 * 128, m % 128), (2**31 - 128, 0)]:
+        run(sizes.ctypes.data, len(sizes), m, t0, found.ctypes.data)
+        assert list(found) == [t0 if rows else 0, rows, m]
