@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .case import PEAK_GBS, PEAK_TFLOPS
+from .case import PEAK_TFLOPS, peak_gbs
 from .results import Row
 
 
@@ -24,9 +24,9 @@ def draw(rows: Sequence[Row], gpu: str, path: Path) -> None:
     )
     figure.suptitle(f"deepgemm_jax on {gpu}")
 
+    gbs = peak_gbs()
     for kind, peak in PEAK_TFLOPS.items():
-        ridge = peak * 1e3 / PEAK_GBS
-        roof.plot([1, ridge, 1e4], [PEAK_GBS / 1e3, peak, peak], color="0.6", linewidth=1)
+        roof.plot([1, peak * 1e3 / gbs, 1e4], [gbs / 1e3, peak, peak], color="0.6", linewidth=1)
         roof.annotate(f"{kind} {peak:.0f}", (1e4, peak), ha="right", va="bottom", color="0.4")
     for op in dict.fromkeys(row["op"] for row in rows):
         own = [row for row in rows if row["op"] == op]

@@ -90,7 +90,9 @@ class Results:
         self._rows.update({_key(row): row for row in rows})
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(_dump(self._about, self.rows))
+            new = self._path.with_suffix(".new")
+            new.write_text(_dump(self._about, self.rows))
+            new.replace(self._path)
 
 
 def _key(row: Row) -> tuple:

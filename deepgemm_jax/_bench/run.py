@@ -17,7 +17,7 @@ import jax
 from .._progress import Progress
 from ..runtime import Variant, compile_variants
 from . import plot
-from .case import PEAK_GBS, PEAK_TFLOPS, Benchmark, Case, Program
+from .case import PEAK_TFLOPS, Benchmark, Case, Program, peak_gbs
 from .registry import BENCHMARKS
 from .results import References, Results, Row, about, gpu_slug
 from .timing import ENTRY_POINT, ColdTimer, Timer, mean_us, repeat, timeline
@@ -100,7 +100,8 @@ def _fields() -> str:
         "the first kernel's start to the last one's end as the profiler tells it, chain_kernel_us "
         "its kernel's time there. compile_ms, cached_ms: one kernel in a fresh "
         "process, with an empty cache and a filled one (up to the cubin, not its loading into the "
-        f"driver). floor_us: the larger of arithmetic at {peaks}, and bytes at {PEAK_GBS:.0f} GB/s."
+        f"driver). floor_us: the larger of arithmetic at {peaks}, and bytes at {peak_gbs():.0f} "
+        "GB/s."
     )
 
 
