@@ -7,6 +7,7 @@ is imported, so a worker starts in milliseconds and takes no GPU memory.
 
 import importlib.util
 import json
+import signal
 import sys
 
 
@@ -19,6 +20,8 @@ def load_extension(path: str):
 
 
 def main(extension: str, cache_dir: str, *nvrtc: str) -> None:
+    # Ctrl-C reaches the whole process group, but it is the caller who ends a worker.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _C = load_extension(extension)
     _C.configure(cache_dir, list(nvrtc))
     for line in sys.stdin:

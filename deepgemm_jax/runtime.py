@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
-import queue
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -58,12 +59,14 @@ class CacheInfo:
     memory_hits: int
 
 
+@functools.cache  # the extension is told once, whatever becomes of the environment
 def cache_dir() -> Path:
     """``DEEPGEMM_JAX_CACHE_DIR``, or else ``deepgemm_jax`` in the user's cache folder."""
     if chosen := os.environ.get("DEEPGEMM_JAX_CACHE_DIR"):
         return Path(chosen).absolute()
-    if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches) / "deepgemm_jax"
+    # A relative path is to be ignored, says XDG's specification.
+    if (caches := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
+        return caches / "deepgemm_jax"
     try:
         return Path.home() / ".cache" / "deepgemm_jax"
     except RuntimeError:  # a container's user without a home
@@ -108,7 +111,10 @@ def clear_cache() -> None:
 
 def cache_info() -> CacheInfo:
     """Where the disk cache is, what is in it, and what this process took from it."""
-    sizes = [file.stat().st_size for file in _cache_files("cubin")]
+    sizes = []
+    for file in _cache_files("cubin"):
+        with contextlib.suppress(FileNotFoundError):  # another process has deleted it
+            sizes.append(file.stat().st_size)
     return CacheInfo(cache_dir(), len(sizes), sum(sizes), **_C.statistics())
 
 
@@ -120,6 +126,9 @@ def _cache_files(suffix: str) -> Iterator[Path]:
 
 def warmup(*, jobs: int | None = None) -> int:
     """Compile every variant of every kernel for this machine's GPU; returns how many were missing.
+
+    Left out are GEMMs with an operand in float8_e5m2, as gradients may be: the first call compiles
+    theirs.
 
     ``jobs`` worker processes compile at once: by default as many as there are CPU cores.
     """
@@ -153,8 +162,9 @@ def warmup_shapes(
 ) -> int:
     """Compile what :func:`fp8_gemm_nt` needs for shapes ``(m, n, k)``, ahead of their first call.
 
-    ``accumulate`` stands for calls with ``c=``. Where there is no GPU, the kernels are those for an
-    H200, so that an image can be built with its cache filled. Returns how many were missing.
+    The operands are in float8_e4m3fn; ``accumulate`` stands for calls with ``c=``. Where there is
+    no GPU, the kernels are those for an H200, so that an image can be built with its cache filled.
+    Returns how many were missing.
 
     >>> deepgemm_jax.warmup_shapes([(1, 4096, 7168), (4096, 4096, 7168)])  # doctest: +SKIP
     2
@@ -198,24 +208,23 @@ def compile_variants(
     """
     variants = list(variants)
     jobs = min(jobs or len(os.sched_getaffinity(0)), len(variants)) or 1
-    idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+    mine = threading.local()
 
     def compile_one(variant: Variant) -> Compiled:
-        worker = idle.get()
+        worker = getattr(mine, "worker", None)
+        if worker is None or worker.poll() is not None:
+            worker = workers.enter_context(_start_worker(directory or cache_dir()))
+            mine.worker = worker
+        return _ask(worker, variant)
+
+    pool = ThreadPoolExecutor(jobs)
+    with contextlib.ExitStack() as workers:
         try:
-            return _ask(worker, variant)
+            tasks = [pool.submit(compile_one, variant) for variant in variants]
+            for _ in as_completed(tasks):
+                on_done()
         finally:
-            idle.put(worker if worker.poll() is None else start_worker())
-
-    def start_worker() -> subprocess.Popen:
-        return workers.enter_context(_start_worker(directory or cache_dir()))
-
-    with contextlib.ExitStack() as workers, ThreadPoolExecutor(jobs) as pool:
-        for _ in range(jobs):
-            idle.put(start_worker())
-        tasks = [pool.submit(compile_one, variant) for variant in variants]
-        for _ in as_completed(tasks):
-            on_done()
+            pool.shutdown(cancel_futures=True)
     return [task.result() for task in tasks]
 
 

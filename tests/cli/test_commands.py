@@ -12,7 +12,7 @@ ON_GPU = jax.default_backend() == "gpu"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DEEPGEMM_JAX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(runtime, "cache_dir", lambda: tmp_path)
     return tmp_path
 
 

@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache folder of this test's own, also for the extension."""
     folder = tmp_path / "cache"
     libraries = [str(library) for library in runtime.find_nvrtc()]
-    monkeypatch.setenv("DEEPGEMM_JAX_CACHE_DIR", str(folder))
+    monkeypatch.setattr(runtime, "cache_dir", lambda: folder)
     _C.configure(str(folder), libraries)
     yield folder
     monkeypatch.undo()
@@ -50,14 +50,17 @@ def first_call(m: int, n: int, k: int) -> None:
 
 
 def test_cache_dir(monkeypatch, tmp_path):
+    cache_dir = runtime.cache_dir.__wrapped__
     monkeypatch.setenv("DEEPGEMM_JAX_CACHE_DIR", str(tmp_path / "chosen"))
-    assert runtime.cache_dir() == tmp_path / "chosen"
+    assert cache_dir() == tmp_path / "chosen"
     monkeypatch.delenv("DEEPGEMM_JAX_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert runtime.cache_dir() == tmp_path / "xdg" / "deepgemm_jax"
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == tmp_path / "xdg" / "deepgemm_jax"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert runtime.cache_dir() == tmp_path / ".cache" / "deepgemm_jax"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_dir() == tmp_path / ".cache" / "deepgemm_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == tmp_path / ".cache" / "deepgemm_jax"
 
 
 def test_a_user_without_a_home_has_a_cache_too(monkeypatch):
@@ -67,7 +70,13 @@ def test_a_user_without_a_home_has_a_cache_too(monkeypatch):
     monkeypatch.delenv("DEEPGEMM_JAX_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", home)
-    assert runtime.cache_dir().is_absolute()
+    assert runtime.cache_dir.__wrapped__().is_absolute()
+
+
+def test_the_cache_dir_stays_what_the_extension_was_told(monkeypatch, tmp_path):
+    before = deepgemm_jax.cache_info().directory
+    monkeypatch.setenv("DEEPGEMM_JAX_CACHE_DIR", str(tmp_path))
+    assert deepgemm_jax.cache_info().directory == before
 
 
 def test_the_extension_uses_the_cache_dir(tmp_path):
@@ -131,6 +140,13 @@ def test_clear_and_info_without_a_folder(cache):
     assert deepgemm_jax.cache_info().directory == cache
 
 
+def test_info_while_another_process_clears(cache):
+    assert deepgemm_jax.warmup_shapes([(1, 128, 128)]) == 1
+    # Listed, yet not there when it is asked for its size.
+    (cache / ("0" * 64 + ".cubin")).symlink_to("deleted")
+    assert deepgemm_jax.cache_info().entries == 1
+
+
 def test_a_failure_loses_no_other_variant(cache):
     first = gemm.variants()[0]
     good = runtime.Variant(first.source, first.integers, DEVICE.arch)
@@ -141,21 +157,48 @@ def test_a_failure_loses_no_other_variant(cache):
     assert again.cached
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_a_worker_that_dies_loses_no_other_variant(tmp_path, monkeypatch, asked):
+VARIANTS = [runtime.Variant("some.cuh", (i,), "sm_90a") for i in range(20)]
+
+
+@pytest.fixture
+def tried(tmp_path, monkeypatch):
+    """Has workers die once asked; the file has a line for each variant that was."""
     worker, tried = tmp_path / "worker.py", tmp_path / "tried"
     worker.write_text(
         "import sys\n"
         f"with open({str(tried)!r}, 'a') as tried: tried.write(sys.stdin.readline())\n"
         "sys.exit(3)\n"
-        if asked
-        else "raise SystemExit(3)"
     )
     monkeypatch.setattr(runtime._compile_worker, "__file__", str(worker))
-    variants = [runtime.Variant("some.cuh", (i,), "sm_90a") for i in range(4)]
+    return tried
+
+
+def test_a_worker_that_dies_loses_no_other_variant(tried):
     with pytest.raises(RuntimeError, match=r"compile .*config=\(0,\).* ended with code 3"):
-        runtime.compile_variants(variants, jobs=1)
-    assert not asked or len(tried.read_text().splitlines()) == 4
+        runtime.compile_variants(VARIANTS[:4], jobs=1)
+    assert len(tried.read_text().splitlines()) == 4
+
+
+# At once, or so that it cannot be started again.
+@pytest.mark.parametrize("program", ["exit 3", 'rm "$0"; exit 3'])
+def test_workers_that_cannot_be_asked(tmp_path, monkeypatch, program):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{program}\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    done = []
+    with pytest.raises(RuntimeError, match=r"compile .*config=\(0,\).* ended with code 3"):
+        runtime.compile_variants(VARIANTS[:4], jobs=1, on_done=lambda: done.append(1))
+    assert len(done) == 4
+
+
+def test_an_interrupt_ends_a_warmup(tried):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runtime.compile_variants(VARIANTS, jobs=1, on_done=interrupt)
+    assert len(tried.read_text().splitlines()) < len(VARIANTS)
 
 
 @pytest.mark.gpu
@@ -170,7 +213,9 @@ for m, n, k in {SHAPES}:
 info = deepgemm_jax.cache_info()
 assert info.compiled == 0 < info.disk_hits, info
 """
-    run_python("-c", program, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    run_python(
+        "-c", program, DEEPGEMM_JAX_CACHE_DIR=str(cache), XLA_PYTHON_CLIENT_PREALLOCATE="false"
+    )
 
 
 def test_workers_leave_the_script_alone(cache, tmp_path):
@@ -181,5 +226,5 @@ def test_workers_leave_the_script_alone(cache, tmp_path):
         f"with open({str(tmp_path / 'runs')!r}, 'a') as runs: runs.write('run ')\n"
         "deepgemm_jax.warmup_shapes([(1, 128, 128), (4096, 4096, 4096)], jobs=2)\n"
     )
-    run_python(script)
+    run_python(script, DEEPGEMM_JAX_CACHE_DIR=str(cache))
     assert (tmp_path / "runs").read_text() == "run "
