@@ -31,16 +31,8 @@ def collectives(compiled) -> set[str]:
     return set(re.findall(rf" ({names})(?:-start)?\(", compiled.as_text()))
 
 
-def put(arrays, specs):
-    mesh = jax.sharding.get_mesh()
-    return [
-        jax.tree.map(lambda leaf, spec=spec: jax.device_put(leaf, NamedSharding(mesh, spec)), x)
-        for x, spec in zip(arrays, specs, strict=True)
-    ]
-
-
 def specs(queries, heads=None):
-    return [P(queries, heads), P(), P(queries, heads), P(queries), P(queries)]
+    return P(queries, heads), P(), P(queries, heads), P(queries), P(queries)
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids=str)
@@ -57,7 +49,7 @@ def specs(queries, heads=None):
 def test_logits(mesh, kinds, queries, heads, width, needed):
     problem = random_problem(0, 16, 33)
     with mesh(*kinds):
-        operands = put(problem.arguments, specs(queries, heads))
+        operands = jax.device_put(problem.arguments, specs(queries, heads))
         compiled = (
             jax.jit(lambda *operands: fp8_mqa_logits(*operands, max_seqlen_k=width))
             .lower(*operands)
@@ -74,7 +66,7 @@ def test_logits(mesh, kinds, queries, heads, width, needed):
 def test_keys_that_are_divided_are_gathered(mesh, kinds):
     problem = random_problem(1, 16, 64)
     with mesh(*kinds):
-        operands = put(problem.arguments, [P("x"), P("y"), P("x"), P("x"), P("x")])
+        operands = jax.device_put(problem.arguments, (P("x"), P("y"), P("x"), P("x"), P("x")))
         found = jax.jit(fp8_mqa_logits)(*operands)
     assert_close(found, logits(problem))
 
@@ -85,7 +77,7 @@ def test_topk(mesh, kinds, from_inputs):
     problem = random_problem(2, 16, 64)
     wanted = indexer_topk(problem.arguments, 9)
     with mesh(*kinds):
-        operands = tuple(put(problem.arguments, specs("x")))
+        operands = jax.device_put(problem.arguments, specs("x"))
         if not from_inputs:
             operands = fp8_mqa_logits(*operands)
         compiled = jax.jit(lambda x: indexer_topk(x, 9)).lower(operands).compile()
@@ -113,13 +105,11 @@ def test_manual_mesh(mesh, kind, check_vma):
     with mesh(kind):
         for function, in_specs, out in [
             (queries_and_heads, specs("x", "y"), P("x")),
-            (keys, [P("x"), P("y"), P("x"), P("x"), P("x")], P("x", "y")),
+            (keys, (P("x"), P("y"), P("x"), P("x"), P("x")), P("x", "y")),
             (top, specs(("x", "y")), P(("x", "y"))),
         ]:
-            sharded = jax.shard_map(
-                function, in_specs=tuple(in_specs), out_specs=out, check_vma=check_vma
-            )
-            found = jax.jit(sharded)(*put(problem.arguments, in_specs))
+            sharded = jax.shard_map(function, in_specs=in_specs, out_specs=out, check_vma=check_vma)
+            found = jax.jit(sharded)(*jax.device_put(problem.arguments, in_specs))
             if function is top:
                 np.testing.assert_array_equal(found, indexer_topk(problem.arguments, 5))
             else:
@@ -148,7 +138,7 @@ def training():
 def test_gradient(mesh, kinds, queries, heads, training):
     loss, operands, wanted = training
     with mesh(*kinds):
-        operands = put(operands, [*specs(queries, heads), P(queries)])
+        operands = jax.device_put(operands, (*specs(queries, heads), P(queries)))
         found = jax.jit(jax.grad(loss, (0, 1, 2)))(*operands)
     for x, y in zip(found, wanted, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4)
@@ -157,14 +147,14 @@ def test_gradient(mesh, kinds, queries, heads, training):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_gradient_of_shared_keys_on_a_manual_mesh(mesh, kind, training):
     loss, operands, wanted = training
-    in_specs = [*specs(("x", "y")), P(("x", "y"))]
+    in_specs = *specs(("x", "y")), P(("x", "y"))
     with mesh(kind):
         sharded = jax.shard_map(
             jax.grad(loss, (0, 1, 2)),
-            in_specs=tuple(in_specs),
+            in_specs=in_specs,
             out_specs=(P(("x", "y")), P(), P(("x", "y"))),
         )
-        found = jax.jit(sharded)(*put(operands, in_specs))
+        found = jax.jit(sharded)(*jax.device_put(operands, in_specs))
     for x, y in zip(found, wanted, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4)
 
@@ -186,16 +176,15 @@ def test_paged(mesh, kinds):
 
     wanted = paged(*operands)
     for axes in ("x", ("x", "y")):
-        in_specs = [P(axes), P(), P(axes), P(axes), P(axes)]
+        in_specs = P(axes), P(), P(axes), P(axes), P(axes)
         with mesh(*kinds):
-            compiled = jax.jit(lambda *o: paged(*o)).lower(*put(operands, in_specs)).compile()
-            found = compiled(*put(operands, in_specs))
+            placed = jax.device_put(operands, in_specs)
+            compiled = jax.jit(lambda *o: paged(*o)).lower(*placed).compile()
+            found = compiled(*placed)
             assert collectives(compiled) == set()
             np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
-            sharded = jax.shard_map(paged, in_specs=tuple(in_specs), out_specs=P(axes))
-            np.testing.assert_allclose(
-                jax.jit(sharded)(*put(operands, in_specs)), wanted, rtol=1e-5, atol=1e-4
-            )
+            sharded = jax.shard_map(paged, in_specs=in_specs, out_specs=P(axes))
+            np.testing.assert_allclose(jax.jit(sharded)(*placed), wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids=str)
@@ -203,6 +192,6 @@ def test_clean_logits(mesh, kinds):
     start, end = np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32) * 2
     x = np.random.default_rng(6).normal(size=(8, 12)).astype(np.float32)
     with mesh(*kinds):
-        operands = put((x, start, end), [P("x", "y"), P("x"), P("x")])
+        operands = jax.device_put((x, start, end), (P("x", "y"), P("x"), P("x")))
         found = jax.jit(clean_logits)(*operands)
     np.testing.assert_array_equal(found, clean_logits(x, start, end))

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from deepgemm_jax import fp8_gemm_nt
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from oracles import assert_close, Oracle, product, random_problem
 
@@ -40,19 +40,10 @@ address, process, kind = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(process))
 a, b = random_problem(0, 64, 512, 1024)
 mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType[kind],) * 2)
-
-
-def put(x, *spec):
-    sharding = NamedSharding(mesh, P(*spec))
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda i: leaf[i]), x
-    )
-
-
 with jax.set_mesh(mesh):
     # K over the axis whose devices are in two processes.
     d = jax.jit(lambda a, b: fp8_gemm_nt(a, b, preferred_element_type=jnp.float32))(
-        put(a, "y", "x"), put(b, None, "x")
+        *jax.device_put((a, b), (P("y", "x"), P(None, "x")))
     )
 oracle = product(a, b)
 for shard in d.addressable_shards:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cast_oracles import random_input
 from jax import export
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from deepgemm_jax import fp8_gemm_nt, quantize
@@ -93,11 +93,6 @@ def test_vmap_of_groups_that_each_divides_its_own_way():
         assert_equal(jax.tree.map(lambda y, i=i: y[i], results), jax.jit(call)(x[i], sizes[i]))
 
 
-def put(x, spec):
-    sharding = NamedSharding(jax.sharding.get_mesh(), P(*spec[: x.ndim]))
-    return jax.device_put(x, sharding)
-
-
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @each_op
 def test_mesh(mesh, monkeypatch, kind, name):
@@ -115,7 +110,9 @@ def test_mesh(mesh, monkeypatch, kind, name):
     monkeypatch.setattr(declared, "reference", record)
     with mesh(kind):
         # A function of its own, so that no other test's trace is taken from the cache.
-        results = jax.jit(lambda *xs: function(name)(*xs))(*(put(x, spec) for x in given))
+        results = jax.jit(lambda *xs: function(name)(*xs))(
+            *(jax.device_put(x, P(*spec[: x.ndim])) for x in given)
+        )
     assert_equal(results, wanted)
     parts = {"x": 2, "y": 4}
     m, k = (n // parts.get(axis, 1) for n, axis in zip((M, K), (*spec, None), strict=False))
@@ -128,7 +125,9 @@ def test_groups_on_a_mesh(mesh, kind):
     call = function("quantize_transpose")
     wanted = jax.jit(call)(x, SIZES)
     with mesh(kind):
-        results = jax.jit(lambda x, sizes: call(x, sizes))(put(x, (None, "y")), put(SIZES, ()))
+        results = jax.jit(lambda x, sizes: call(x, sizes))(
+            *jax.device_put((x, SIZES), (P(None, "y"), P()))
+        )
     assert_equal(results, wanted)
 
 

@@ -239,7 +239,6 @@ void launch(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel,
 
 #define threadIdx (sim::self().index)
 #define blockIdx (sim::Index{sim::self().cta->index})
-#define blockDim sim::block_dim
 #define gridDim sim::grid_dim
 
 struct float2 {
@@ -251,17 +250,12 @@ struct float4 {
 struct int4 {
   int x, y, z, w;
 };
-struct int2 {
-  int x, y;
-};
 struct uint2 {
   unsigned x, y;
 };
 struct uint4 {
   unsigned x, y, z, w;
 };
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 template <class T>
