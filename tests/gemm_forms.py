@@ -127,7 +127,12 @@ def forms(seed: int = 0) -> Iterator[Form]:
     # Rows of groups, in order, in none, and with padding behind each; NaN in what is no group's.
     weights = data(GROUPS, N, K)
     weight_scale = scale(GROUPS, BLOCKS_N, BLOCKS_K)
-    weights64 = double(weights) * wide(weight_scale, 128)[:, :N]
+    channels, columns = scale(GROUPS, N, BLOCKS_K), scale(GROUPS, N)
+    kinds = {
+        "blocks": (weight_scale, double(weights) * wide(weight_scale, 128)[:, :N]),
+        "channels": (channels, double(weights) * wide(channels)),
+        "rows": (columns, double(weights) * columns[..., None]),
+    }
     plain = data(GROUPS, N, K, dtype=jnp.bfloat16)
     first = 1  # row of a group
     starts, ends = (first + ENDS - SIZES).astype(np.int32), (first + ENDS).astype(np.int32)
@@ -148,16 +153,19 @@ def forms(seed: int = 0) -> Iterator[Form]:
         member = (ids[:, None] == np.arange(GROUPS))[..., None]
         a, a_scale = data(M, K), scale(M, BLOCKS_K)
         a[ids < 0], a_scale[ids < 0] = np.nan, np.nan
-        each = product(double(a) * wide(a_scale), weights64).swapaxes(0, 1)
-        which = grouped.m_grouped_fp8_gemm_nt_contiguous
-        yield Form(
-            f"contiguous {order}",
-            which.by_id if by_id else which.in_order,
-            grouped.GroupedParams(),
-            dense.Form("blocks", "contiguous", by_id=by_id),
-            (a, a_scale, weights, weight_scale, *told),
-            np.where(member, each, 0).sum(1),
-        )
+        for kind in kinds if order in ("in order", "padded") else ["blocks"]:
+            of_a = a_scale[:, 0] if kind == "rows" else a_scale
+            a64 = double(a) * (of_a[:, None] if kind == "rows" else wide(of_a))
+            each = product(a64, kinds[kind][1]).swapaxes(0, 1)
+            which = grouped.m_grouped_fp8_gemm_nt_contiguous[kind]
+            yield Form(
+                f"contiguous {order}" + (f" {kind}" if kind != "blocks" else ""),
+                which.by_id if by_id else which.in_order,
+                grouped.GroupedParams(),
+                dense.Form(kind, "contiguous", by_id=by_id),
+                (a, of_a, weights, kinds[kind][0], *told),
+                np.where(member, each, 0).sum(1),
+            )
         a = data(M, K, dtype=jnp.bfloat16)
         a[ids < 0] = np.nan
         each = product(double(a), double(plain)).swapaxes(0, 1)
@@ -176,14 +184,17 @@ def forms(seed: int = 0) -> Iterator[Form]:
     masked_m = np.array([0, rows, 1, 129, 64], np.int32)
     valid = (np.arange(rows) < masked_m[:, None])[..., None]
     a, a_scale = data(GROUPS, rows, K), scale(GROUPS, rows, BLOCKS_K)
-    yield Form(
-        "masked",
-        grouped.m_grouped_fp8_gemm_nt_masked,
-        grouped.MaskedParams(),
-        dense.Form("blocks", "masked"),
-        (a, a_scale, weights, weight_scale, masked_m),
-        np.where(valid, product(double(a) * wide(a_scale), weights64), np.nan),
-    )
+    for kind, (of_b, weights64) in kinds.items():
+        of_a = a_scale[..., 0] if kind == "rows" else a_scale
+        a64 = double(a) * (of_a[..., None] if kind == "rows" else wide(of_a))
+        yield Form(
+            "masked" + (f" {kind}" if kind != "blocks" else ""),
+            grouped.m_grouped_fp8_gemm_nt_masked[kind],
+            grouped.MaskedParams(),
+            dense.Form(kind, "masked"),
+            (a, of_a, weights, of_b, masked_m),
+            np.where(valid, product(a64, weights64), np.nan),
+        )
     a = data(GROUPS, rows, K, dtype=jnp.bfloat16)
     yield Form(
         "masked bf16",

@@ -451,8 +451,8 @@ def variants(device: Device = H200) -> list[AnyConfig]:
     sizes: dict[str, Any] = {"m": 128, "n": 1, "k": 1, "batch": 1}
     forms: list[tuple[dict[str, Any], Sequence[str]]] = [
         ({"scales": "blocks"}, ("dense", "contiguous", "masked")),
-        ({"scales": "rows"}, ("dense",)),
-        ({"scales": "channels"}, ("dense", "along_k")),
+        ({"scales": "rows"}, ("dense", "contiguous", "masked")),
+        ({"scales": "channels"}, ("dense", "contiguous", "masked", "along_k")),
     ]
     for a_mn_major, b_mn_major in itertools.product((False, True), repeat=2):
         form = {

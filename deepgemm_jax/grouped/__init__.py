@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core import sums
+from ..gemm.recipes import scales_of
 from ..scaled import ScaledArray, unpack
 from . import groups, op
 from .ragged import ragged_dot, ragged_dot_general
@@ -41,6 +42,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     group_sizes: Any = None,
     group_offsets: Any = None,
     preferred_element_type: Any = jnp.bfloat16,
+    recipe: tuple[int, int, int] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Multiplies each row of a scaled FP8 matrix by the matrix of the row's group, transposed.
@@ -48,15 +50,16 @@ def m_grouped_fp8_gemm_nt_contiguous(
     $$D_{mn} = \sum_{h} s^A_{mh}\, s^B_{g \lfloor n/128 \rfloor h}
     \sum_{k \in \text{block } h} A_{mk} B_{gnk}, \qquad g = \text{group of row } m$$
 
-    where a block is 128 neighbours along K, of which the last may be fewer. Exactly one of
-    `m_indices`, `group_sizes` and `group_offsets` says which rows are whose; the latter two spare a
-    search for groups among the rows. No group need be aligned to anything.
+    where a block is 128 neighbours along K, of which the last may be fewer. That is the recipe
+    (1, 128, 128); the shapes of the scales may say that it is another one of `fp8_gemm_nt`'s.
+    Exactly one of `m_indices`, `group_sizes` and `group_offsets` says which rows are whose; the
+    latter two spare a search for groups among the rows. No group need be aligned to anything.
 
     Args:
-      a: `ScaledArray` or tuple of data, float8_e4m3fn [M, K], and scale,
-        float32 [M, ceil(K / 128)].
-      b: the same of data, float8_e4m3fn [G, N, K], and scale,
-        float32 [G, ceil(N / 128), ceil(K / 128)].
+      a: `ScaledArray` or tuple of data, float8_e4m3fn or float8_e5m2 [M, K], and scale,
+        float32 [M, ceil(K / 128)]; or with the recipe (1, 1, 0) [M, 1] or [1, 1].
+      b: the same of data [G, N, K], and scale, float32 [G, ceil(N / 128), ceil(K / 128)]; with the
+        recipe (1, 1, 128) [G, N, ceil(K / 128)]; with (1, 1, 0) [G, N, 1] or [G, 1, 1].
       m_indices: integers [M], the group of each row, in any order. A row whose group is negative or
         not less than G is padding.
       group_sizes: integers [G], the rows of each group; groups follow each other from the first row
@@ -66,6 +69,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         are clamped to [0, M], and one below an earlier one counts as that one. Rows before the
         first offset and from the last on are padding.
       preferred_element_type: the result's dtype, bfloat16 or float32.
+      recipe: None, or the recipe that the scales must have.
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
         is one and plain JAX elsewhere.
 
@@ -78,8 +82,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
     Raises:
       TypeError: an operand is no scaled array, or of another dtype.
-      ValueError: shapes that do not fit each other or the limits above; a dtype or implementation
-        that there is not; none or several of the three spellings.
+      ValueError: shapes that do not fit each other or the limits above; a recipe, dtype or
+        implementation that there is not; none or several of the three spellings.
       NotImplementedError: `implementation="cuda"` on a device that there is no kernel for; a
         derivative is asked for.
 
@@ -106,6 +110,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         b,
         (m_indices, group_sizes, group_offsets),
         preferred_element_type,
+        recipe,
         implementation,
     )
 
@@ -118,6 +123,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
     group_sizes: Any = None,
     group_offsets: Any = None,
     preferred_element_type: Any = jnp.bfloat16,
+    recipe: tuple[int, int, int] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""`m_grouped_fp8_gemm_nt_contiguous` with each group's matrix the other way round.
@@ -127,8 +133,8 @@ def m_grouped_fp8_gemm_nn_contiguous(
 
     Args:
       a: as there.
-      b: `ScaledArray` or tuple of data, float8_e4m3fn [G, K, N], and scale,
-        float32 [G, ceil(K / 128), ceil(N / 128)].
+      b: `ScaledArray` or tuple of data [G, K, N], and scale, which lies as they do: float32
+        [G, ceil(K / 128), ceil(N / 128)], for instance.
       m_indices: as there, as all that follow.
 
     B's data are transposed first, in one pass: to do so once for many calls, see `prepare_weight`.
@@ -151,6 +157,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
         b,
         (m_indices, group_sizes, group_offsets),
         preferred_element_type,
+        recipe,
         implementation,
     )
 
@@ -176,8 +183,9 @@ def m_grouped_bf16_gemm_nt_contiguous(
       b: bfloat16 [G, N, K].
       m_indices: as `m_grouped_fp8_gemm_nt_contiguous` has it, as all that follow.
 
-    Returns, raises and transforms as `m_grouped_fp8_gemm_nt_contiguous` does, but a mesh may divide
-    N and K anywhere. For a derivative see `ragged_dot`. The name is DeepGEMM's.
+    Any M, N and K; the kernel takes those whose rows in memory are multiples of 16 bytes, and plain
+    JAX the others. Returns, raises and transforms as `m_grouped_fp8_gemm_nt_contiguous` does, but
+    a mesh may divide N and K anywhere. For a derivative see `ragged_dot`. The name is DeepGEMM's.
 
     Example:
 
@@ -214,7 +222,7 @@ def m_grouped_bf16_gemm_nn_contiguous(
 
     Args:
       a: as there.
-      b: bfloat16 [G, K, N], N a multiple of 8.
+      b: bfloat16 [G, K, N].
       m_indices: as there, as all that follow.
 
     Returns, raises and transforms as `m_grouped_bf16_gemm_nt_contiguous` does. The name is
@@ -247,6 +255,7 @@ def m_grouped_fp8_gemm_nt_masked(
     *,
     zero_fill: bool = False,
     preferred_element_type: Any = jnp.bfloat16,
+    recipe: tuple[int, int, int] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Multiplies the first rows of each of a batch of scaled FP8 matrices, transposing the second.
@@ -254,19 +263,20 @@ def m_grouped_fp8_gemm_nt_masked(
     $$D_{gmn} = \sum_{h} s^A_{gmh}\, s^B_{g \lfloor n/128 \rfloor h}
     \sum_{k \in \text{block } h} A_{gmk} B_{gnk}, \qquad m < \text{masked_m}_g$$
 
-    where a block is 128 neighbours along K, of which the last may be fewer.
+    where a block is 128 neighbours along K, of which the last may be fewer. That is the recipe
+    (1, 128, 128); the shapes of the scales may say that it is another one of `fp8_gemm_nt`'s.
 
     Args:
-      a: `ScaledArray` or tuple of data, float8_e4m3fn [G, M, K], and scale,
-        float32 [G, M, ceil(K / 128)].
-      b: the same of data, float8_e4m3fn [G, N, K], and scale,
-        float32 [G, ceil(N / 128), ceil(K / 128)].
+      a: `ScaledArray` or tuple of data, float8_e4m3fn or float8_e5m2 [G, M, K], and scale,
+        float32 [G, M, ceil(K / 128)]; or with the recipe (1, 1, 0) [G, M, 1] or [G, 1, 1].
+      b: as `m_grouped_fp8_gemm_nt_contiguous` has it.
       masked_m: integers [G], how many rows of each group count, clamped to [0, M]; or booleans
         [G, M], which rows do: they must be each group's first.
       expected_m: how many rows a group is likely to have, by which a kernel chooses its tiles. The
         result is right whatever it is.
       zero_fill: whether the other rows of the result are zero. If not, they may be anything.
       preferred_element_type: the result's dtype, bfloat16 or float32.
+      recipe: None, or the recipe that the scales must have.
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
         is one and plain JAX elsewhere.
 
@@ -277,8 +287,8 @@ def m_grouped_fp8_gemm_nt_masked(
 
     Raises:
       TypeError: an operand is no scaled array, or of another dtype.
-      ValueError: shapes that do not fit each other or the limits above; a dtype, implementation or
-        `expected_m` that there is not.
+      ValueError: shapes that do not fit each other or the limits above; a recipe, dtype,
+        implementation or `expected_m` that there is not.
       NotImplementedError: `implementation="cuda"` on a device that there is no kernel for; a
         derivative is asked for.
 
@@ -297,17 +307,15 @@ def m_grouped_fp8_gemm_nt_masked(
         >>> print(d.shape, d[1, :, 0])
         (2, 3, 16) [128 0 0]
     """
+    name = "m_grouped_fp8_gemm_nt_masked"
+    dtype = _out_dtype(name, preferred_element_type)
+    scales, operands = scales_of(name, unpack(name, "a", a), unpack(name, "b", b), recipe)
     return _masked(
-        op.m_grouped_fp8_gemm_nt_masked,
-        [*unpack("m_grouped_fp8_gemm_nt_masked", "a", a)],
-        [*unpack("m_grouped_fp8_gemm_nt_masked", "b", b)],
+        op.m_grouped_fp8_gemm_nt_masked[scales],
+        operands,
         masked_m,
         zero_fill,
-        op.MaskedParams(
-            implementation,
-            _out_dtype("m_grouped_fp8_gemm_nt_masked", preferred_element_type),
-            expected_m=expected_m,
-        ),
+        op.MaskedParams(implementation, dtype, expected_m=expected_m),
     )
 
 
@@ -332,8 +340,9 @@ def m_grouped_bf16_gemm_nt_masked(
       b: bfloat16 [G, N, K].
       masked_m: as there, as all that follow.
 
-    Returns, raises and transforms as `m_grouped_fp8_gemm_nt_masked` does, but a mesh may divide N
-    and K anywhere. The name is DeepGEMM's.
+    Any M, N and K; the kernel takes those whose rows in memory are multiples of 16 bytes, and plain
+    JAX the others. Returns, raises and transforms as `m_grouped_fp8_gemm_nt_masked` does, but a
+    mesh may divide N and K anywhere. The name is DeepGEMM's.
 
     Example:
 
@@ -347,8 +356,7 @@ def m_grouped_bf16_gemm_nt_masked(
     """
     return _masked(
         op.m_grouped_bf16_gemm_nt_masked,
-        [jnp.asarray(a)],
-        [jnp.asarray(b)],
+        [jnp.asarray(a), jnp.asarray(b)],
         masked_m,
         zero_fill,
         op.MaskedParams(
@@ -379,9 +387,9 @@ def k_grouped_fp8_gemm_tn_contiguous(
     and `group_offsets` says which rows are whose.
 
     Args:
-      a: `ScaledArray` or tuple of data, float8_e4m3fn [K, M], and scale,
-        float32 [ceil(K / 128), M].
-      b: the same of data, float8_e4m3fn [K, N], and scale, float32 [ceil(K / 128), N].
+      a: `ScaledArray` or tuple of data, float8_e4m3fn or float8_e5m2 [K, M], and
+        scale, float32 [ceil(K / 128), M].
+      b: the same of data [K, N], and scale, float32 [ceil(K / 128), N].
       c: None, or what is added: [G, M, N] of the result's dtype. XLA may let D have its memory if
         nothing else needs it.
       group_sizes: integers [G], the rows of each group; groups follow each other from the first row
@@ -447,9 +455,8 @@ def k_grouped_fp8_gemm_nt_contiguous(
     s^A_{m \lfloor k/128 \rfloor} A_{mk}\, s^B_{n \lfloor k/128 \rfloor} B_{nk}$$
 
     Args:
-      a: `ScaledArray` or tuple of data, float8_e4m3fn [M, K], and scale,
-        float32 [M, ceil(K / 128)].
-      b: the same of data, float8_e4m3fn [N, K], and scale, float32 [N, ceil(K / 128)].
+      a: `ScaledArray` or tuple of data [M, K], and scale, float32 [M, ceil(K / 128)].
+      b: the same of data [N, K], and scale, float32 [N, ceil(K / 128)].
       c: as there, as all that follow.
 
     Returns, raises and transforms as `k_grouped_fp8_gemm_tn_contiguous` does. The name is
@@ -494,8 +501,9 @@ def k_grouped_bf16_gemm_tn_contiguous(
       b: bfloat16 [K, N].
       c: as there, as all that follow.
 
-    Returns, raises and transforms as `k_grouped_fp8_gemm_tn_contiguous` does. The name is
-    DeepGEMM's.
+    Any M, N and K; the kernel takes those whose rows in memory are multiples of 16 bytes, and plain
+    JAX the others. Returns, raises and transforms as `k_grouped_fp8_gemm_tn_contiguous` does.
+    The name is DeepGEMM's.
 
     Example:
 
@@ -536,8 +544,9 @@ def k_grouped_bf16_gemm_nt_contiguous(
       b: bfloat16 [N, K].
       c: as there, as all that follow.
 
-    Returns, raises and transforms as `k_grouped_fp8_gemm_tn_contiguous` does. The name is
-    DeepGEMM's.
+    Any M, N and K; the kernel takes those whose rows in memory are multiples of 16 bytes, and plain
+    JAX the others. Returns, raises and transforms as `k_grouped_fp8_gemm_tn_contiguous` does.
+    The name is DeepGEMM's.
 
     Example:
 
@@ -566,10 +575,12 @@ def _out_dtype(name: str, preferred_element_type: Any) -> jnp.dtype:
     return dtype
 
 
-def _m_grouped_fp8(which, a, b, rows_of_groups, preferred_element_type, implementation):
-    params = op.GroupedParams(implementation, _out_dtype(which.name, preferred_element_type))
-    operands = [*unpack(which.name, "a", a), *unpack(which.name, "b", b)]
-    return _m_grouped(which, operands, operands[2], rows_of_groups, params)
+def _m_grouped_fp8(by_scales, a, b, rows_of_groups, preferred_element_type, recipe, implementation):
+    name = by_scales["blocks"].name
+    a, b = unpack(name, "a", a), unpack(name, "b", b)
+    params = op.GroupedParams(implementation, _out_dtype(name, preferred_element_type))
+    scales, operands = scales_of(name, a, b, recipe, b_mn_major="_nn_" in name)
+    return _m_grouped(by_scales[scales], operands, operands[2], rows_of_groups, params)
 
 
 def _m_grouped_bf16(which, a, b, rows_of_groups, preferred_element_type, implementation):
@@ -592,26 +603,30 @@ def _m_grouped(which, operands, b, rows_of_groups, params):
     return which.in_order(*operands, *spans, params=params)
 
 
-def _masked(which, a, b, masked_m, zero_fill, params):
+def _masked(which, operands, masked_m, zero_fill, params):
     expected_m = params.expected_m
     if expected_m is not None and (not isinstance(expected_m, Integral) or expected_m < 0):
         raise ValueError(f"{which.name}: expected_m is {expected_m!r}, wanted None or an int >= 0")
-    if a[0].ndim != 3:
-        raise ValueError(f"{which.name}: a has shape {a[0].shape}, wanted 3 dimensions")
-    shape = a[0].shape[:2]
+    if operands[0].ndim != 3:
+        raise ValueError(f"{which.name}: a has shape {operands[0].shape}, wanted 3 dimensions")
+    shape = operands[0].shape[:2]
     masked_m = jnp.asarray(masked_m)
     if masked_m.dtype == bool:
         if masked_m.shape != shape:
             raise ValueError(
                 f"{which.name}: masked_m has shape {masked_m.shape}, wanted {shape} of booleans"
             )
-        masked_m = masked_m.sum(1, dtype=jnp.int32)
+        counted, mask = masked_m.sum(1, dtype=jnp.int32), masked_m
+        apart = mask != (jnp.arange(shape[1]) < counted[:, None])
+        groups.report(which.name, "rows of masked_m that are not their group's first", apart)
+        masked_m = counted
     masked_m = groups.integers(which.name, "masked_m", masked_m, shape[:1])
     rows = shape[1]
-    outside = (masked_m < 0) | (masked_m > rows)
+    wide = sums.widen(masked_m)
+    outside = (wide < 0) | (wide > rows)
     groups.report(which.name, f"masked_m outside of 0 to {rows}", outside)
     masked_m = sums.clamp(masked_m, rows)
-    d = which(*a, *b, masked_m, params=params)
+    d = which(*operands, masked_m, params=params)
     if not zero_fill:
         return d
     valid = jnp.arange(rows) < masked_m[:, None]

@@ -62,13 +62,14 @@ def _by_transposing(nt: Op, *positions: int) -> dict[str, Any]:
     def reference(params, *operands):
         arrays = list(operands)
         for i in positions:
-            data, ndim = arrays[i], arrays[i].ndim
+            data, scale, ndim = arrays[i], arrays[i + 1], arrays[i].ndim
             # The copy engine wants rows of whole 16 bytes; what fills them up is no group's.
             missing = -data.shape[-2] % ALIGNED
             data = jnp.pad(data, [*[(0, 0)] * (ndim - 2), (0, missing), (0, 0)])
-            pair = data, arrays[i + 1]
+            of_rows = scale.ndim < ndim
+            pair = data, scale[..., None] if of_rows else scale
             x = transposed(nt.name, "operand", pair, params.implementation, ndim)
-            arrays[i : i + 2] = x.data, x.scale
+            arrays[i : i + 2] = x.data, scale if of_rows else x.scale
         return nt.bind(params, arrays)
 
     return {"reference": reference, "composed": True}
@@ -129,12 +130,12 @@ def _k_grouped(name: str, a: dict, b: dict, c: dict, how: dict, derivative: str,
     )
 
 
-def _masked(name: str, a: dict, b: dict, how: dict, derivative: str):
+def _masked(name: str, a: dict, b: dict, how: dict, derivative: str, limits=None):
     return Op(
         name,
         operands={**a, **b, "masked_m": "int32[g]"},
         results={"d": "preferred_element_type[g m n]"},
-        limits=LIMITS,
+        limits=limits,
         **how,
         derivative=derivative,
         fold=("g",),
@@ -143,13 +144,14 @@ def _masked(name: str, a: dict, b: dict, how: dict, derivative: str):
 
 
 def _fp8(name: str, data: str, scale: str) -> dict[str, str]:
-    return {f"{name}.data": f"float8_e4m3fn[{data}]", f"{name}.scale": f"float32[{scale}]"}
+    fp8 = "float8_e4m3fn|float8_e5m2"
+    return {f"{name}.data": f"{fp8}[{data}]", f"{name}.scale": f"float32[{scale}]"}
 
 
 LIMITS = {"n": (16, 1), "k": (16, 16)}
 K_LIMITS = {"m": (16, 16), "n": (16, 16)}
 
-A_FP8, A_BF16 = _fp8("a", "m k", "m k/128"), {"a": "bfloat16[m k]"}
+A_BF16 = {"a": "bfloat16[m k]"}
 C = {"c?": "preferred_element_type[g m n]"}
 
 
@@ -175,30 +177,42 @@ SUMS_TN, SUMS_NT = (
     for axis in (0, 1)
 )
 
-m_grouped_fp8_gemm_nt_contiguous = _contiguous(
-    "m_grouped_fp8_gemm_nt_contiguous",
-    A_FP8,
-    _fp8("b", "g n k", "g n/128 k/128"),
-    *_rows(reference.fp8_contiguous, scales="blocks"),
-    QUANTISED,
-    LIMITS,
-)
-m_grouped_fp8_gemm_nn_contiguous = _contiguous(
-    "m_grouped_fp8_gemm_nn_contiguous",
-    A_FP8,
-    _fp8("b", "g k n", "g k/128 n/128"),
-    _by_transposing(m_grouped_fp8_gemm_nt_contiguous.by_id, 2),
-    _by_transposing(m_grouped_fp8_gemm_nt_contiguous.in_order, 2),
-    QUANTISED,
-    LIMITS,
-)
+# Of A, and of each group's B [N, K] and [K, N].
+SCALES = {
+    "blocks": ("m k/128", "n/128 k/128", "k/128 n/128"),
+    "channels": ("m k/128", "n k/128", "k/128 n"),
+    "rows": ("m", "n", "n"),
+}
+
+m_grouped_fp8_gemm_nt_contiguous = {
+    scales: _contiguous(
+        "m_grouped_fp8_gemm_nt_contiguous",
+        _fp8("a", "m k", of_a),
+        _fp8("b", "g n k", f"g {of_b}"),
+        *_rows(functools.partial(reference.fp8_contiguous, scales=scales), scales=scales),
+        QUANTISED,
+        LIMITS,
+    )
+    for scales, (of_a, of_b, _) in SCALES.items()
+}
+m_grouped_fp8_gemm_nn_contiguous = {
+    scales: _contiguous(
+        "m_grouped_fp8_gemm_nn_contiguous",
+        _fp8("a", "m k", of_a),
+        _fp8("b", "g k n", f"g {of_b}"),
+        _by_transposing(m_grouped_fp8_gemm_nt_contiguous[scales].by_id, 2),
+        _by_transposing(m_grouped_fp8_gemm_nt_contiguous[scales].in_order, 2),
+        QUANTISED,
+        LIMITS,
+    )
+    for scales, (of_a, _, of_b) in SCALES.items()
+}
 m_grouped_bf16_gemm_nt_contiguous = _contiguous(
     "m_grouped_bf16_gemm_nt_contiguous",
     A_BF16,
     {"b": "bfloat16[g n k]"},
     *ROWS_NT,
     PLAIN,
-    LIMITS,
 )
 m_grouped_bf16_gemm_nn_contiguous = _contiguous(
     "m_grouped_bf16_gemm_nn_contiguous",
@@ -206,15 +220,18 @@ m_grouped_bf16_gemm_nn_contiguous = _contiguous(
     {"b": "bfloat16[g k n]"},
     *ROWS_NN,
     PLAIN,
-    {**LIMITS, "n": (16, 8)},
 )
-m_grouped_fp8_gemm_nt_masked = _masked(
-    "m_grouped_fp8_gemm_nt_masked",
-    _fp8("a", "g m k", "g m k/128"),
-    _fp8("b", "g n k", "g n/128 k/128"),
-    _by_kernel(Form("blocks", "masked"), reference.fp8_masked),
-    QUANTISED,
-)
+m_grouped_fp8_gemm_nt_masked = {
+    scales: _masked(
+        "m_grouped_fp8_gemm_nt_masked",
+        _fp8("a", "g m k", f"g {of_a}"),
+        _fp8("b", "g n k", f"g {of_b}"),
+        _by_kernel(Form(scales, "masked"), functools.partial(reference.fp8_masked, scales=scales)),
+        QUANTISED,
+        LIMITS,
+    )
+    for scales, (of_a, of_b, _) in SCALES.items()
+}
 m_grouped_bf16_gemm_nt_masked = _masked(
     "m_grouped_bf16_gemm_nt_masked",
     {"a": "bfloat16[g m k]"},
@@ -247,7 +264,6 @@ k_grouped_bf16_gemm_tn_contiguous = _k_grouped(
     C,
     SUMS_TN,
     NO_DERIVATIVE,
-    K_LIMITS,
 )
 k_grouped_bf16_gemm_nt_contiguous = _k_grouped(
     "k_grouped_bf16_gemm_nt_contiguous",
@@ -256,7 +272,6 @@ k_grouped_bf16_gemm_nt_contiguous = _k_grouped(
     C,
     SUMS_NT,
     NO_DERIVATIVE,
-    K_LIMITS,
 )
 # What ragged_dot and its gradients are made of, in any dtypes.
 ragged_nn = _contiguous(

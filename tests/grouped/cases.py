@@ -108,6 +108,30 @@ k_grouped = forms(
 )
 
 
+# Of matrices of bfloat16: whatever they are, some with rows that no kernel can load.
+any_lengths = pytest.mark.parametrize("lengths", [(9, 15), (8, 8), (1, 24), (0, 16)], ids=str)
+
+# Each recipe's scales of A and of B, by rows and along K, of N and K between 129 and 256; None is
+# one for each row.
+every_recipe = pytest.mark.parametrize(
+    ("recipe", "of_a", "of_b"),
+    [
+        ((1, BLOCK, BLOCK), (None, 2), (2, 2)),
+        ((1, 1, BLOCK), (None, 2), (None, 2)),
+        ((1, 1, 0), (None, 1), (None, 1)),
+        ((1, 1, 0), (1, 1), (1, 1)),
+    ],
+    ids=str,
+)
+
+
+def scaled(rng, dtype, scales, *shape) -> ScaledArray:
+    """Random data with such scales."""
+    rows, along_k = scales
+    scale = rng.lognormal(size=(*shape[:-2], shape[-2] if rows is None else rows, along_k))
+    return ScaledArray(random_array(rng, *shape, dtype=dtype), scale.astype(np.float32))
+
+
 def plain(a, b) -> Oracle:
     a, b = (np.asarray(x, np.float64) for x in (a, b))
     return Oracle(a @ b.T, abs(a) @ abs(b).T)

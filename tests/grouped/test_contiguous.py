@@ -9,7 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grouped.cases import SIZES, Form, contiguous, forms, ids, pick
+from grouped.cases import (
+    SIZES,
+    Form,
+    any_lengths,
+    contiguous,
+    every_recipe,
+    forms,
+    ids,
+    pick,
+    plain,
+    scaled,
+    spans,
+    swap,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -75,6 +88,33 @@ def test_offsets(platform, form):
     ]:
         d = jitted(form)(*put((a, b), platform), group_offsets=np.array(given_, np.int32))
         assert_close(d, form.expected(a, b, expected), platform)
+
+
+@on_each_platform
+@every_recipe
+@pytest.mark.parametrize("layout", ["nt", "nn"])
+@pytest.mark.parametrize("dtypes", [(FLOAT8, FLOAT8), (jnp.float8_e5m2, FLOAT8)], ids=str)
+def test_recipes(platform, recipe, of_a, of_b, layout, dtypes):
+    rng = np.random.default_rng(0)
+    a, b = scaled(rng, dtypes[0], of_a, M, K), scaled(rng, dtypes[1], of_b, G, N, K)
+    sizes = np.array([20, 0, 33, 5], np.int32)
+    function = Form(f"m_grouped_fp8_gemm_{layout}_contiguous").function
+    d = jax.jit(functools.partial(function, recipe=recipe))(
+        *put((a, b if layout == "nt" else swap(b)), platform), group_sizes=sizes
+    )
+    a64, b64 = (np.asarray(x.dequantize(), np.float64) for x in (a, b))
+    for g, (start, end) in enumerate(spans(sizes, M)):
+        assert_close(d[start:end], plain(a64[start:end], b64[g]), platform)
+    assert not np.asarray(d[58:], np.float32).any()
+
+
+@on_each_platform
+@any_lengths
+@forms("m_grouped_bf16_gemm_nt_contiguous", "m_grouped_bf16_gemm_nn_contiguous")
+def test_any_lengths(platform, form, lengths):
+    a, b = form.problem(13, M, *lengths, G)
+    d = jitted(form)(*put((a, b), platform), group_sizes=np.array(SIZES[0], np.int32))
+    assert_close(d, form.expected(a, b, ids(SIZES[0], M)), platform)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.int64])
@@ -270,6 +310,14 @@ NAME = "m_grouped_fp8_gemm_nt_contiguous"
         ((A, (B[0][0], B[1][0])), {"m_indices": np.zeros(5, int)}, ValueError, ["b.data", "g n k"]),
         ((A, B), {**SIZES_OF_3, "preferred_element_type": jnp.int8}, ValueError, ["int8"]),
         ((A, B), {**SIZES_OF_3, "implementation": "gpu"}, ValueError, ["'gpu'"]),
+        ((A, B), {**SIZES_OF_3, "recipe": (1, 1, 128)}, ValueError, ["(1, 1, 128), wanted (1, 12"]),
+        ((A, B), {**SIZES_OF_3, "recipe": (2, 2, 2)}, ValueError, ["recipe is (2, 2, 2)"]),
+        (
+            (A, (B[0], B[1][:, :2])),
+            {**SIZES_OF_3, "recipe": (1, 1, 0)},
+            ValueError,
+            ["(5, 2) and (3, 2, 2)", "one for each row"],
+        ),
     ],
 )
 def test_bad_input(arguments, keywords, error, named):

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grouped.cases import masked, pick
-from oracles import assert_close, on_each_platform, put
+from grouped.cases import any_lengths, every_recipe, forms, masked, pick, plain, scaled
+from oracles import FLOAT8, assert_close, on_each_platform, put
+
+from deepgemm_jax import m_grouped_fp8_gemm_nt_masked
 
 G, M, N, K = 4, 37, 136, 144
 
@@ -38,6 +40,30 @@ def test_counts(platform, form, counts, dtype):
     a, b = form.masked_problem(0, M, N, K, G)
     operands = put((a, b, np.array(counts, np.int32)), platform)
     check(form, a, b, counts, jitted(form, dtype)(*operands), platform=platform)
+
+
+@on_each_platform
+@every_recipe
+@pytest.mark.parametrize("dtypes", [(FLOAT8, FLOAT8), (FLOAT8, jnp.float8_e5m2)], ids=str)
+def test_recipes(platform, recipe, of_a, of_b, dtypes):
+    rng = np.random.default_rng(0)
+    a, b = scaled(rng, dtypes[0], of_a, G, M, K), scaled(rng, dtypes[1], of_b, G, N, K)
+    counts = np.array([5, 0, 20, 37], np.int32)
+    d = jax.jit(functools.partial(m_grouped_fp8_gemm_nt_masked, recipe=recipe))(
+        *put((a, b, counts), platform)
+    )
+    a64, b64 = (np.asarray(x.dequantize(), np.float64) for x in (a, b))
+    for g, rows in enumerate(counts):
+        assert_close(d[g, :rows], plain(a64[g, :rows], b64[g]), platform)
+
+
+@on_each_platform
+@any_lengths
+@forms("m_grouped_bf16_gemm_nt_masked")
+def test_any_lengths(platform, form, lengths):
+    a, b = form.masked_problem(5, M, *lengths, G)
+    counts = np.array([5, 0, 20, 37], np.int32)
+    check(form, a, b, counts, jitted(form)(*put((a, b, counts), platform)), platform=platform)
 
 
 @on_each_platform
