@@ -18,7 +18,7 @@ _LEAST_UE8M0 = 1 << 22  # 2⁻¹²⁷, whose exponent is 0 in UE8M0, as float32 
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ScaledArray:
     """An array as `data` times `scale`, where one scale serves a block of `data`.
 
@@ -82,8 +82,9 @@ class ScaledArray:
             elif entries == -(-length // BLOCK):
                 recipe.append(BLOCK)
             else:
+                wanted = dict.fromkeys((length, -(-length // BLOCK), 1))
                 raise ValueError(
-                    f"{shapes}, wanted {length}, {-(-length // BLOCK)} or 1 along axis {axis}"
+                    f"{shapes}, wanted {' or '.join(map(str, wanted))} along axis {axis}"
                 )
         return tuple(recipe)
 
@@ -140,8 +141,13 @@ class ScaledArray:
                 )
         return ScaledArray(self.data[tuple(of_data)], self.scale[tuple(of_scale)])
 
+    def __len__(self) -> int:
+        if not self.ndim:
+            raise TypeError(f"{self!r} has no dimensions, and so no length")
+        return self.shape[0]
+
     def __iter__(self) -> Iterator["ScaledArray"]:
-        return (self[i] for i in range(self.shape[0]))
+        return (self[i] for i in range(len(self)))
 
     @classmethod
     def from_qwix(cls, x: Any) -> "ScaledArray":
@@ -181,14 +187,14 @@ compat.register_serialization(ScaledArray)
 
 def unpack(op: str, name: str, x: Any) -> tuple[jax.Array, jax.Array]:
     """Data and scale of an operand; TypeError for what is neither ScaledArray nor a pair."""
-    if isinstance(x, ScaledArray):
-        x = (x.data, x.scale)
-    if not isinstance(x, tuple) or len(x) != 2:
+    pair = (x.data, x.scale) if isinstance(x, ScaledArray) else x
+    try:
+        data, scale = map(jnp.asarray, pair if isinstance(pair, tuple) else ())
+    except (TypeError, ValueError) as error:
         raise TypeError(
-            f"{op}: {name} is {_brief(x)}, wanted a ScaledArray or a tuple (data, scale)"
-        )
-    data, scale = x
-    return jnp.asarray(data), jnp.asarray(scale)
+            f"{op}: {name} is {_brief(x)}, wanted a ScaledArray or a tuple (data, scale) of arrays"
+        ) from error
+    return data, scale
 
 
 def round_up_to_power_of_two(x: jax.Array) -> jax.Array:
@@ -222,6 +228,11 @@ def unpack_ue8m0(packed: jax.Array) -> jax.Array:
 
 def _brief(x: Any) -> str:
     """As jaxtyping writes a shape; what is no array, as a pytree may hold for a while, as it is."""
+    if isinstance(x, ScaledArray):
+        return repr(x)
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    if isinstance(x, (list, tuple)):
+        entries = ", ".join(map(_brief, x))
+        return f"[{entries}]" if isinstance(x, list) else f"({entries})"
     return repr(x)

@@ -209,8 +209,11 @@ class Op:
         if any(0 in aval.shape for aval in avals):
             return False
         refused = self.kernel.refuses(params, avals)
-        if refused and params.implementation == "cuda":
-            raise NotImplementedError(f"{self.name} has no kernel for {refused}")
+        if refused:
+            message = f"{self.name} has no kernel for {refused}"
+            if params.implementation == "cuda":
+                raise NotImplementedError(message)
+            _warn_once(f"{message}: plain JAX takes its place")
         return not refused
 
     def _piece(self, params, operands, contracted_axes):

@@ -102,7 +102,10 @@ class Division:
             return shard(
                 *(
                     # Not where the type is right: it would gather along what axes are not Explicit.
-                    x if type_.spec == spec else jax.sharding.reshard(x, type_.update(spec=spec))
+                    # What is on no mesh comes to that of the others.
+                    x
+                    if type_.spec == spec
+                    else jax.sharding.reshard(x, type_.update(mesh=self.mesh, spec=spec))
                     for x, type_, spec in zip(operands, self.types, in_specs, strict=True)
                 )
             )

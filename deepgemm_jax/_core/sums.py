@@ -14,6 +14,13 @@ def ends(sizes: jax.Array, most: int) -> jax.Array:
     return jax.lax.associative_scan(lambda x, y: jnp.minimum(x + y, most), sizes, axis=axis)
 
 
+def rank(values: jax.Array, x: jax.Array) -> jax.Array:
+    """How many of `values` [S] each x is not below, int32: `jnp.searchsorted(side="right")`, which
+    does not trace where a mesh is partly manual."""
+    # All are compared, which XLA does as it counts: bisection is a loop of kernels on a GPU.
+    return (values <= x[..., None]).sum(-1, dtype=jnp.int32)
+
+
 def clamp(x: jax.Array, most: int, least: int = 0) -> jax.Array:
     """As int32, between the bounds."""
     # Unsigned integers have no bound below 0.

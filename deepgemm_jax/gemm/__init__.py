@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core.op import Op
+from .._core.op import Op, check_implementation
+from .._core.signature import Signature
 from ..scaled import BLOCK, ScaledArray, unpack
 from . import op
 from .config import AnyConfig
 from .explain import explain
 from .layouts import transposed
+from .recipes import of_rows, scales_of
 
 __all__ = [
     "bf16_gemm_nn",
@@ -28,11 +30,12 @@ __all__ = [
 
 Scaled = ScaledArray | tuple[Any, Any]
 
-# Rows of A, rows of B and elements along K that share a scale; 0 is all of them.
-RECIPES: dict[tuple[int, ...], Op] = {
-    (1, BLOCK, BLOCK): op.fp8_gemm_nt,
-    (1, 1, BLOCK): op.fp8_gemm_nt_1d1d,
-    (1, 1, 0): op.fp8_gemm_nt_rows,
+FP8 = "float8_e4m3fn|float8_e5m2"
+
+FP8_OPS: dict[str, Op] = {
+    "blocks": op.fp8_gemm_nt,
+    "channels": op.fp8_gemm_nt_1d1d,
+    "rows": op.fp8_gemm_nt_rows,
 }
 
 
@@ -67,7 +70,7 @@ def fp8_gemm_nt(
       b: the same of data [N, K].
       c: None, or what is added, of the result's dtype: [M, N], or [N] or [1, N] for a bias of every
         row. XLA may let D have the memory of the former if nothing else needs it.
-      preferred_element_type: the result's dtype, bfloat16 or float32.
+      preferred_element_type: the result's dtype, bfloat16 or float32; None is bfloat16.
       recipe: None, or the recipe that the scales must have.
       config: the kernel's config in place of the one that `explain` shows first. Parts of a K that
         is divided among devices do not use it.
@@ -103,32 +106,21 @@ def fp8_gemm_nt(
         >>> print(d.shape, d.dtype, d[0, 0])
         (64, 512) bfloat16 32
     """
-    name = "fp8_gemm_nt"
-    (a_data, a_scale), (b_data, b_scale) = unpack(name, "a", a), unpack(name, "b", b)
-    fitting = _recipes(a_data, a_scale, b_data, b_scale)
-    # Where several fit they say the same; where none does, the first one's op knows why.
-    chosen = (fitting or list(RECIPES))[0] if recipe is None else tuple(recipe)
-    if chosen not in (fitting or RECIPES):
-        raise ValueError(
-            f"{name}: recipe is {recipe}, wanted {' or '.join(map(str, fitting or RECIPES))} for "
-            f"scales of shapes {a_scale.shape} and {b_scale.shape}"
-        )
-    if chosen == (1, 1, 0):
-        a_scale = jnp.broadcast_to(a_scale[:, 0], a_data.shape[:1])
-        b_scale = jnp.broadcast_to(b_scale[:, 0], b_data.shape[:1])
-    return _gemm(
-        name,
-        RECIPES[chosen],
-        (a_data, a_scale, b_data, b_scale),
-        (*a_data.shape[:1], *b_data.shape[:1]),
-        c,
-        preferred_element_type=preferred_element_type,
-        config=config,
-        implementation=implementation,
+    return _fp8(
+        "fp8_gemm_nt", "nt", a, b, c, preferred_element_type, recipe, config, implementation
     )
 
 
-def fp8_gemm_nn(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Array:
+def fp8_gemm_nn(
+    a: Scaled,
+    b: Scaled,
+    c: Any = None,
+    *,
+    preferred_element_type: Any = jnp.bfloat16,
+    recipe: tuple[int, int, int] | None = None,
+    config: AnyConfig | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
     r"""`fp8_gemm_nt` with B as [K, N]: D = C + A B.
 
     B's scale lies as B does, [ceil(K/128), ceil(N/128)] for instance. The tensor cores of SM90 want
@@ -145,11 +137,21 @@ def fp8_gemm_nn(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Arra
         >>> print(fp8_gemm_nn(a, b)[0, 0])
         32
     """
-    b = transposed("fp8_gemm_nn", "b", b, options.get("implementation"))
-    return fp8_gemm_nt(a, b, c, **options)
+    return _fp8(
+        "fp8_gemm_nn", "nn", a, b, c, preferred_element_type, recipe, config, implementation
+    )
 
 
-def fp8_gemm_tn(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Array:
+def fp8_gemm_tn(
+    a: Scaled,
+    b: Scaled,
+    c: Any = None,
+    *,
+    preferred_element_type: Any = jnp.bfloat16,
+    recipe: tuple[int, int, int] | None = None,
+    config: AnyConfig | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
     r"""`fp8_gemm_nt` with A as [K, M] and B as [K, N]: D = C + Aᵀ B.
 
     Scales lie as their data do, [ceil(K/128), M] for instance, and data are transposed as
@@ -163,14 +165,21 @@ def fp8_gemm_tn(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Arra
         >>> print(fp8_gemm_tn(x, x)[0, 0])
         64
     """
-    a, b = (
-        transposed("fp8_gemm_tn", name, x, options.get("implementation"))
-        for name, x in (("a", a), ("b", b))
+    return _fp8(
+        "fp8_gemm_tn", "tn", a, b, c, preferred_element_type, recipe, config, implementation
     )
-    return fp8_gemm_nt(a, b, c, **options)
 
 
-def fp8_gemm_tt(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Array:
+def fp8_gemm_tt(
+    a: Scaled,
+    b: Scaled,
+    c: Any = None,
+    *,
+    preferred_element_type: Any = jnp.bfloat16,
+    recipe: tuple[int, int, int] | None = None,
+    config: AnyConfig | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
     r"""`fp8_gemm_nt` with A as [K, M]: D = C + Aᵀ Bᵀ.
 
     A's scale lies as A does, [ceil(K/128), M] for instance, and its data are transposed as
@@ -185,11 +194,20 @@ def fp8_gemm_tt(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Arra
         >>> print(fp8_gemm_tt(a, b)[0, 0])
         32
     """
-    a = transposed("fp8_gemm_tt", "a", a, options.get("implementation"))
-    return fp8_gemm_nt(a, b, c, **options)
+    return _fp8(
+        "fp8_gemm_tt", "tt", a, b, c, preferred_element_type, recipe, config, implementation
+    )
 
 
-def fp8_gemm_1d2d(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Array:
+def fp8_gemm_1d2d(
+    a: Scaled,
+    b: Scaled,
+    c: Any = None,
+    *,
+    preferred_element_type: Any = jnp.bfloat16,
+    config: AnyConfig | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
     """`fp8_gemm_nt` that takes the recipe (1, 128, 128) alone.
 
     Example:
@@ -201,7 +219,10 @@ def fp8_gemm_1d2d(a: Scaled, b: Scaled, c: Any = None, **options: Any) -> jax.Ar
         >>> print(fp8_gemm_1d2d(x, w)[0, 0])
         64
     """
-    return fp8_gemm_nt(a, b, c, recipe=(1, BLOCK, BLOCK), **options)
+    recipe = (1, BLOCK, BLOCK)
+    return _fp8(
+        "fp8_gemm_1d2d", "nt", a, b, c, preferred_element_type, recipe, config, implementation
+    )
 
 
 def fp8_gemm_1d1d(
@@ -210,9 +231,12 @@ def fp8_gemm_1d1d(
     c: Any = None,
     *,
     preferred_element_type: Any = jnp.float32,
-    **options: Any,
+    config: AnyConfig | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """`fp8_gemm_nt` that takes the recipe (1, 1, 128) alone. The result is float32 unless said.
+
+    That is also what None for `preferred_element_type` is here.
 
     Example:
 
@@ -223,8 +247,12 @@ def fp8_gemm_1d1d(
         >>> print(d.dtype, d[0, 0])
         float32 65.0
     """
-    options["preferred_element_type"] = preferred_element_type
-    return fp8_gemm_nt(a, b, c, recipe=(1, 1, BLOCK), **options)
+    if preferred_element_type is None:
+        preferred_element_type = jnp.float32
+    recipe = (1, 1, BLOCK)
+    return _fp8(
+        "fp8_gemm_1d1d", "nt", a, b, c, preferred_element_type, recipe, config, implementation
+    )
 
 
 def bf16_gemm_nt(
@@ -260,18 +288,18 @@ def bf16_gemm_nt(
         >>> print(d.shape, d[0, :3])
         (4, 24) [16 17 18]
     """
-    return _bf16(
-        "nt",
-        a,
-        b,
-        c,
-        preferred_element_type=preferred_element_type,
-        config=config,
-        implementation=implementation,
-    )
+    return _bf16("nt", a, b, c, preferred_element_type, config, implementation)
 
 
-def bf16_gemm_nn(a: Any, b: Any, c: Any = None, **options: Any) -> jax.Array:
+def bf16_gemm_nn(
+    a: Any,
+    b: Any,
+    c: Any = None,
+    *,
+    preferred_element_type: Any = jnp.bfloat16,
+    config: AnyConfig | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
     """`bf16_gemm_nt` with B as [K, N]: D = C + A B. The tensor cores read it so, uncopied.
 
     Example:
@@ -282,10 +310,18 @@ def bf16_gemm_nn(a: Any, b: Any, c: Any = None, **options: Any) -> jax.Array:
         >>> print(bf16_gemm_nn(a, b)[0, 0])
         16
     """
-    return _bf16("nn", a, b, c, **options)
+    return _bf16("nn", a, b, c, preferred_element_type, config, implementation)
 
 
-def bf16_gemm_tn(a: Any, b: Any, c: Any = None, **options: Any) -> jax.Array:
+def bf16_gemm_tn(
+    a: Any,
+    b: Any,
+    c: Any = None,
+    *,
+    preferred_element_type: Any = jnp.bfloat16,
+    config: AnyConfig | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
     """`bf16_gemm_nn` with A as [K, M]: D = C + Aᵀ B.
 
     Example:
@@ -296,10 +332,18 @@ def bf16_gemm_tn(a: Any, b: Any, c: Any = None, **options: Any) -> jax.Array:
         >>> print(bf16_gemm_tn(a, b).shape)
         (8, 24)
     """
-    return _bf16("tn", a, b, c, **options)
+    return _bf16("tn", a, b, c, preferred_element_type, config, implementation)
 
 
-def bf16_gemm_tt(a: Any, b: Any, c: Any = None, **options: Any) -> jax.Array:
+def bf16_gemm_tt(
+    a: Any,
+    b: Any,
+    c: Any = None,
+    *,
+    preferred_element_type: Any = jnp.bfloat16,
+    config: AnyConfig | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
     """`bf16_gemm_nt` with A as [K, M]: D = C + Aᵀ Bᵀ.
 
     Example:
@@ -310,57 +354,70 @@ def bf16_gemm_tt(a: Any, b: Any, c: Any = None, **options: Any) -> jax.Array:
         >>> print(bf16_gemm_tt(a, b).shape)
         (8, 24)
     """
-    return _bf16("tt", a, b, c, **options)
+    return _bf16("tt", a, b, c, preferred_element_type, config, implementation)
 
 
-def _bf16(layout, a, b, c, **options):
+def _fp8(
+    name, layout, a, b, c, preferred_element_type, recipe, config, implementation
+) -> jax.Array:
+    """Operands are checked as the caller has them, before they are brought into the form "nt"."""
+    params = _params(name, preferred_element_type, config, implementation)
+    a, b = ScaledArray(*unpack(name, "a", a)), ScaledArray(*unpack(name, "b", b))
+    a_turned, b_turned = layout[0] == "t", layout[1] == "n"
+    c = _added(layout, a, b, c)
+    Signature(
+        name,
+        {
+            "a.data": f"{FP8}[{'k m' if a_turned else 'm k'}]",
+            "b.data": f"{FP8}[{'k n' if b_turned else 'n k'}]",
+            "c?": "preferred_element_type[m n]",
+        },
+        {},
+        op.fp8_gemm_nt.signature.limits,
+    ).check([a.data, b.data, *c], params)
+    for which, x in ("a", a), ("b", b):
+        if x.scale.dtype != jnp.float32:
+            raise TypeError(f"{name}: {which}.scale has dtype {x.scale.dtype}, wanted float32")
+
+    scales = scales_of(
+        name,
+        (a.data, a.scale),
+        (b.data, b.scale),
+        recipe,
+        a_mn_major=a_turned,
+        b_mn_major=b_turned,
+    )
+    if a_turned:
+        a = transposed(name, "a", a, implementation)
+    if b_turned:
+        b = transposed(name, "b", b, implementation)
+    if scales == "rows":
+        a, b = (ScaledArray(x.data, of_rows(x.scale, x.shape[:1])) for x in (a, b))
+    return FP8_OPS[scales](a.data, a.scale, b.data, b.scale, *c, params=params)
+
+
+def _bf16(layout, a, b, c, preferred_element_type, config, implementation) -> jax.Array:
     gemm = getattr(op, f"bf16_gemm_{layout}")
+    params = _params(gemm.name, preferred_element_type, config, implementation)
     a, b = jnp.asarray(a), jnp.asarray(b)
-    lengths = a.shape[layout[0] == "t" :][:1] + b.shape[layout[1] == "n" :][:1]
-    return _gemm(gemm.name, gemm, (a, b), lengths, c, **options)
+    return gemm(a, b, *_added(layout, a, b, c), params=params)
 
 
-def _gemm(
-    name,
-    gemm,
-    operands,
-    lengths,
-    c,
-    *,
-    preferred_element_type=jnp.bfloat16,
-    config=None,
-    implementation=None,
-):
-    """`lengths` are M and N, as far as the operands have them."""
-    dtype = jnp.dtype(preferred_element_type)
+def _params(name, preferred_element_type, config, implementation) -> op.GemmParams:
+    check_implementation(name, implementation)
+    dtype = jnp.dtype(jnp.bfloat16 if preferred_element_type is None else preferred_element_type)
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"{name}: preferred_element_type is {dtype}, wanted bfloat16 or float32")
     if not isinstance(config, AnyConfig | None):
         raise ValueError(f"{name}: config is {config!r}, wanted None or one that explain shows")
-    if c is not None:
-        c = jnp.asarray(c)
-        if c.shape in (lengths[1:], (1, *lengths[1:])):
-            c = jnp.broadcast_to(c, lengths)
-        operands = (*operands, c)
-    params = op.GemmParams(
-        implementation=implementation, preferred_element_type=dtype, config=config
-    )
-    return gemm(*operands, params=params)
+    return op.GemmParams(implementation, dtype, config)
 
 
-def _recipes(*arrays: jax.Array) -> list[tuple[int, ...]]:
-    """Those that the shapes of data and scales fit."""
-    if any(x.ndim != 2 for x in arrays):
+def _added(layout, a, b, c) -> list[jax.Array]:
+    """C, if there is one, with all its rows."""
+    if c is None:
         return []
-    a, a_scale, b, b_scale = (x.shape for x in arrays)
-    blocks = -(-a[1] // BLOCK)
-    wanted: list[tuple[list, list]] = [
-        ([(a[0], blocks)], [(-(-b[0] // BLOCK), blocks)]),
-        ([(a[0], blocks)], [(b[0], blocks)]),
-        ([(a[0], 1), (1, 1)], [(b[0], 1), (1, 1)]),
-    ]
-    return [
-        recipe
-        for recipe, (of_a, of_b) in zip(RECIPES, wanted, strict=True)
-        if a_scale in of_a and b_scale in of_b
-    ]
+    c = jnp.asarray(c)
+    # M and N, as far as the operands have them.
+    shape = a.shape[layout[0] == "t" :][:1] + b.shape[layout[1] == "n" :][:1]
+    return [jnp.broadcast_to(c, shape) if c.shape in (shape[1:], (1, *shape[1:])) else c]

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from .._core.device import Device
 from .config import AnyConfig, Problem, candidates
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 
 _listener: contextvars.ContextVar[list | None] = contextvars.ContextVar("explain", default=None)
 
@@ -37,7 +40,8 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
 
     Args:
       function: any that `jax.jit` takes.
-      args, kwargs: its arguments, as arrays or as `jax.ShapeDtypeStruct`.
+      args, kwargs: its arguments, and trees of them, as arrays or as `jax.ShapeDtypeStruct`. All
+        else, such as numbers, strings and dtypes, reaches it as it is.
 
     Returns:
       An `Explanation` for each GEMM that a kernel computes, in the order in which they are lowered,
@@ -55,10 +59,17 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Explanation]:
         >>> gemm.problem.m, gemm.candidates[0][0] == gemm.config
         (4096, True)
     """
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, _ARRAYS)}
+
     # A function of its own, which JAX has not lowered before: then it would tell nothing.
-    program = jax.jit(lambda *args, **kwargs: function(*args, **kwargs))
+    @jax.jit
+    def program(arrays):
+        args, kwargs = jax.tree.unflatten(tree, [arrays.get(i, x) for i, x in enumerate(leaves)])
+        return function(*args, **kwargs)
+
     with _listening() as found:
-        program.trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
+        program.trace(arrays).lower(lowering_platforms=("cuda",))
     return found
 
 

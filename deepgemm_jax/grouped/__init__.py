@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from .._core import sums
-from ..gemm.recipes import scales_of
 from ..scaled import ScaledArray, unpack
 from . import groups, op
 from .ragged import ragged_dot, ragged_dot_general
@@ -77,8 +76,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
     Returns:
       D, [M, N] of `preferred_element_type`. Rows that are padding are zero. With the environment
-      variable `DEEPGEMM_JAX_DEBUG_GROUPS` set when a call is traced, each run of it logs a warning
-      if numbers that tell the groups were out of range.
+      variable `DEEPGEMM_JAX_DEBUG_GROUPS` set to anything but 0 when a call is traced, each run of
+      it logs a warning if numbers that tell the groups were out of range.
 
     Raises:
       TypeError: an operand is no scaled array, or of another dtype.
@@ -309,7 +308,7 @@ def m_grouped_fp8_gemm_nt_masked(
     """
     name = "m_grouped_fp8_gemm_nt_masked"
     dtype = _out_dtype(name, preferred_element_type)
-    scales, operands = scales_of(name, unpack(name, "a", a), unpack(name, "b", b), recipe)
+    scales, operands = op.by_recipe(name, unpack(name, "a", a), unpack(name, "b", b), recipe)
     return _masked(
         op.m_grouped_fp8_gemm_nt_masked[scales],
         operands,
@@ -577,9 +576,8 @@ def _out_dtype(name: str, preferred_element_type: Any) -> jnp.dtype:
 
 def _m_grouped_fp8(by_scales, a, b, rows_of_groups, preferred_element_type, recipe, implementation):
     name = by_scales["blocks"].name
-    a, b = unpack(name, "a", a), unpack(name, "b", b)
     params = op.GroupedParams(implementation, _out_dtype(name, preferred_element_type))
-    scales, operands = scales_of(name, a, b, recipe, b_mn_major="_nn_" in name)
+    scales, operands = op.by_recipe(name, unpack(name, "a", a), unpack(name, "b", b), recipe)
     return _m_grouped(by_scales[scales], operands, operands[2], rows_of_groups, params)
 
 

@@ -14,9 +14,9 @@ PADDING = -1  # the id of a row of no group
 
 
 def report(op: str, what: str, wrong: jax.Array) -> None:
-    """Where ``DEEPGEMM_JAX_DEBUG_GROUPS`` is set as a call is traced, each run of it logs a warning
-    if numbers that tell the groups had to be clamped."""
-    if os.environ.get("DEEPGEMM_JAX_DEBUG_GROUPS"):
+    """Where ``DEEPGEMM_JAX_DEBUG_GROUPS`` is set, to anything but 0, as a call is traced, each run
+    of it logs a warning if numbers that tell the groups had to be clamped."""
+    if os.environ.get("DEEPGEMM_JAX_DEBUG_GROUPS", "") not in ("", "0"):
         jax.debug.callback(functools.partial(_warn, op, what), wrong.sum())
 
 
@@ -61,8 +61,7 @@ def ids(starts: jax.Array, ends: jax.Array, rows: int) -> jax.Array:
     row = jnp.arange(rows, dtype=jnp.int32)
     if not ends.size:
         return jnp.full_like(row, PADDING)
-    # Not by bisection, which is a loop of kernels on a GPU.
-    group = jnp.searchsorted(ends, row, side="right", method="compare_all").astype(jnp.int32)
+    group = sums.rank(ends, row)
     found = (group < ends.size) & (row >= jnp.take(starts, group, mode="clip"))
     return jnp.where(found, group, PADDING)
 
@@ -70,11 +69,11 @@ def ids(starts: jax.Array, ends: jax.Array, rows: int) -> jax.Array:
 def row_ids(op: str, rows: int, groups: int, m_indices: Any) -> jax.Array:
     """The group of each row; -1 where there is no such group."""
     m_indices = integers(op, "m_indices", m_indices, (rows,))
-    # Compared before it is cast: a wide id must not become a narrow one that is in range.
-    wide = sums.widen(m_indices)
-    report(op, f"m_indices that are no group's of {groups} nor -1", (wide < -1) | (wide >= groups))
-    found = (m_indices >= 0) & (wide < groups)
-    return jnp.where(found, m_indices.astype(jnp.int32), PADDING)
+    # Clamped before they are compared: -1 as an unsigned number is a large one.
+    group = sums.clamp(m_indices, groups, least=-2)
+    wrong = (group < -1) | (group == groups)
+    report(op, f"m_indices that are no group's of {groups} nor -1", wrong)
+    return jnp.where((group < 0) | wrong, PADDING, group)
 
 
 def row_spans(

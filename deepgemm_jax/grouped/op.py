@@ -8,14 +8,16 @@ are always told so, for it is the groups that may be divided there.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from .._core.op import Op, Params
 from ..gemm.layouts import transposed
 from ..gemm.op import Form
+from ..gemm.recipes import Pair, of_rows, scales_of
 from . import groups, reference
 
 
@@ -183,6 +185,21 @@ SCALES = {
     "channels": ("m k/128", "n k/128", "k/128 n"),
     "rows": ("m", "n", "n"),
 }
+
+
+def by_recipe(
+    name: str, a: Pair, b: Pair, recipe: Sequence[int] | None = None
+) -> tuple[str, list[jax.Array]]:
+    """Which of these scales the operands have, and data and scales as an op of such takes them."""
+    (a_data, a_scale), (b_data, b_scale) = a, b
+    b_mn_major = "_nn_" in name
+    scales = scales_of(name, a, b, recipe, b_mn_major=b_mn_major)
+    if scales == "rows":
+        n = b_data.shape[-1 if b_mn_major else -2]
+        a_scale = of_rows(a_scale, a_data.shape[:-1])
+        b_scale = of_rows(b_scale, (*b_data.shape[:-2], n))
+    return scales, [a_data, a_scale, b_data, b_scale]
+
 
 m_grouped_fp8_gemm_nt_contiguous = {
     scales: _contiguous(

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .._core import compat, sums
 from .._core.op import check_implementation
+from ..gemm.config import ELEMENTS
 from ..scaled import BLOCK, ScaledArray, unpack
 from . import groups, op, reference
 from .op import PlainParams
@@ -33,6 +34,7 @@ def ragged_dot(
     precision: Any = None,
     preferred_element_type: Any = None,
     group_offset: Any = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
     *,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -53,11 +55,14 @@ def ragged_dot(
       group_offset: an integer, [1] or scalar: the group that the first matrix of `rhs` belongs to.
         With it `rhs` may have fewer groups than `group_sizes`, those of one shard of the experts;
         rows of other groups are zero, so that the sum over the shards is the whole.
+      out_sharding: how the result is divided along a mesh's Explicit axes, as
+        `jax.sharding.reshard` takes it; None leaves it as the operands have it.
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
         is one and plain JAX elsewhere.
 
     Float8 data scaled as `m_grouped_fp8_gemm_nn_contiguous` takes them are multiplied as it does.
-    Other scales are multiplied in first: in float32, or in the dtype of an operand without scale.
+    Other scales are multiplied in first: in float32, or in the dtype of an operand without scale
+    if that is floating and has 16 bits or more.
 
     Returns:
       D, [M, N]. Rows of no group are zero.
@@ -67,9 +72,9 @@ def ragged_dot(
       NotImplementedError: `implementation="cuda"` where there is no kernel; a derivative is asked
         for of float8 data with their scales.
 
-    For arrays there is a gradient, of any order, itself made of grouped products; in forward mode
-    there is none. Under `jax.vmap` a batch of `lhs` is one call with more rows. M, N and K may be
-    divided on a mesh.
+    For arrays there is a gradient, of any order, itself made of grouped products. There is no
+    forward mode: `jax.jvp`, `jax.jacfwd` and `jax.hessian` raise a TypeError. Under `jax.vmap` a
+    batch of `lhs` is one call with more rows. M, N and K may be divided on a mesh.
 
     Example:
 
@@ -81,7 +86,7 @@ def ragged_dot(
         >>> print(ragged_dot(lhs, rhs[2:], jnp.array([2, 0, 2]), group_offset=2)[:, 0])
         [0. 0. 9. 9. 0.]
     """
-    return _ragged_dot_general(
+    d = _ragged_dot_general(
         "ragged_dot",
         lhs,
         rhs,
@@ -92,6 +97,7 @@ def ragged_dot(
         group_offset,
         implementation,
     )
+    return _divided("ragged_dot", d, out_sharding)
 
 
 def ragged_dot_general(
@@ -102,6 +108,7 @@ def ragged_dot_general(
     precision: Any = None,
     preferred_element_type: Any = None,
     group_offset: Any = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
     *,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -141,7 +148,7 @@ def ragged_dot_general(
         >>> print(ragged_dot_general(x, x, jnp.array([2, 0, 2]), dims)[:, 0, 0])
         [ 1.  0. 13.]
     """
-    return _ragged_dot_general(
+    d = _ragged_dot_general(
         "ragged_dot_general",
         lhs,
         rhs,
@@ -152,6 +159,7 @@ def ragged_dot_general(
         group_offset,
         implementation,
     )
+    return _divided("ragged_dot_general", d, out_sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,16 +215,14 @@ def _ragged_dot_general(
     if group_offset is not None:
         group_offset = groups.offset(name, group_offset)
     lhs, rhs = (
-        ScaledArray(*unpack(name, which, x))
-        if isinstance(x, (ScaledArray, tuple))
-        else jnp.asarray(x)
+        _scaled(name, which, x) if isinstance(x, (ScaledArray, tuple)) else jnp.asarray(x)
         for which, x in (("lhs", lhs), ("rhs", rhs))
     )
     scaled = [isinstance(x, ScaledArray) for x in (lhs, rhs)]
     if preferred_element_type is None and all(scaled):
         preferred_element_type = jnp.bfloat16
     dtypes = [
-        x.dtype if not is_scaled else jnp.dtype(jnp.float32) if all(scaled) else other.dtype
+        _wide(other) if is_scaled else x.dtype
         for x, other, is_scaled in zip((lhs, rhs), (rhs, lhs), scaled, strict=True)
     ]
     result = _check(
@@ -230,10 +236,14 @@ def _ragged_dot_general(
     )
     dims = _Dims.of(numbers, len(lhs.shape), len(rhs.shape))
     groups.report_sizes(name, group_sizes, lhs.shape[dims.ragged])
+    if group_offset is not None:
+        most = group_sizes.shape[-1] - sum(rhs.shape[i] for i in dims.group)
+        offset = sums.clamp(group_offset, most + 1, least=-1)
+        groups.report(name, f"group_offset outside of 0 to {most}", (offset < 0) | (offset > most))
     first, last = _spans(dims, lhs.shape, rhs.shape, group_sizes, group_offset)
-    if all(scaled) and (which := _scaled_op(dims, lhs, rhs)):
+    if all(scaled) and (call := _scaled_call(dims, lhs, rhs)):
+        which, operands = call
         dtype = result.dtype if result.dtype in (jnp.bfloat16, jnp.float32) else jnp.float32
-        operands = [lhs.data, lhs.scale, rhs.data, rhs.scale]
         d = which(*operands, first, last, params=op.GroupedParams(implementation, dtype))
         return d.astype(result.dtype)
 
@@ -257,6 +267,33 @@ def _ragged_dot_general(
     return jax.lax.dot_general(
         lhs, rhs, numbers.dot_dimension_numbers, precision, preferred_element_type
     )
+
+
+def _scaled(name: str, which: str, x: Any) -> ScaledArray:
+    """The operand, if its scales fit its data."""
+    scaled = ScaledArray(*unpack(name, which, x))
+    try:
+        _ = scaled.recipe
+    except ValueError as error:
+        raise ValueError(str(error).replace("ScaledArray: ", f"{name}: {which}.", 1)) from error
+    return scaled
+
+
+def _wide(other: jax.Array | ScaledArray) -> jnp.dtype:
+    """What a scaled operand becomes where no kernel takes its scales."""
+    plain = not isinstance(other, ScaledArray) and jnp.issubdtype(other.dtype, jnp.floating)
+    return other.dtype if plain and other.dtype.itemsize >= 2 else jnp.dtype(jnp.float32)
+
+
+def _divided(
+    name: str, d: jax.Array, out_sharding: NamedSharding | PartitionSpec | None
+) -> jax.Array:
+    if out_sharding is None:
+        return d
+    try:
+        return jax.sharding.reshard(d, out_sharding)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: out_sharding is {out_sharding}: {error}") from error
 
 
 def _check(
@@ -328,32 +365,41 @@ def _along(x: jax.Array, dims: Sequence[int], shape: Sequence[int]) -> jax.Array
     return jax.lax.broadcast_in_dim(x.transpose(order), shape, sorted(dims))
 
 
-def _scaled_op(dims: _Dims, lhs: ScaledArray, rhs: ScaledArray) -> Callable | None:
-    """The op that takes these scales as they are, if there is one."""
-    if any(x.data.dtype != jnp.float8_e4m3fn or x.scale.dtype != jnp.float32 for x in (lhs, rhs)):
-        return None
+def _scaled_call(dims: _Dims, lhs: ScaledArray, rhs: ScaledArray) -> tuple[Callable, list] | None:
+    """The op that takes these scales as they are, if there is one, and its operands."""
+    for x in lhs, rhs:
+        if x.data.dtype not in ELEMENTS[:2] or x.scale.dtype != jnp.float32:
+            return None
     if dims.l_batch or len(lhs.shape) != 2 or len(dims.r_kept) != 1:
         return None
-
-    def fits(x: ScaledArray, *blocks: int) -> bool:
-        wanted = tuple(-(-n // block) for n, block in zip(x.shape, blocks, strict=True))
-        return x.scale.shape == wanted
-
+    pairs = (lhs.data, lhs.scale), (rhs.data, rhs.scale)
     contract: tuple = dims.l_contract, dims.r_contract
     m, n, k = lhs.shape[dims.l_kept[0]], rhs.shape[dims.r_kept[0]], lhs.shape[dims.l_contract[0]]
-    if dims.group == (0,) and dims.ragged == 0 and fits(lhs, 1, BLOCK):
-        which = {
-            ((1,), (1,)): op.m_grouped_fp8_gemm_nn_contiguous.in_order,
-            ((1,), (2,)): op.m_grouped_fp8_gemm_nt_contiguous.in_order,
+    if dims.group == (0,) and dims.ragged == 0 and n >= 16 and k and k % 16 == 0:
+        by_scales = {
+            ((1,), (1,)): op.m_grouped_fp8_gemm_nn_contiguous,
+            ((1,), (2,)): op.m_grouped_fp8_gemm_nt_contiguous,
         }.get(contract)
-        return which if fits(rhs, 1, BLOCK, BLOCK) and n >= 16 and k and k % 16 == 0 else None
-    if not dims.group:
-        which, blocks = {
-            ((0,), (0,)): (op.k_grouped_fp8_gemm_tn_contiguous, (BLOCK, 1)),
-            ((1,), (1,)): (op.k_grouped_fp8_gemm_nt_contiguous, (1, BLOCK)),
-        }.get(contract, (None, (1, 1)))
-        if m and n and m % 16 == n % 16 == 0 and fits(lhs, *blocks) and fits(rhs, *blocks):
-            return which
+        if by_scales is None:
+            return None
+        try:
+            scales, operands = op.by_recipe(by_scales["blocks"].name, *pairs)
+        except ValueError:
+            return None
+        return by_scales[scales].in_order, operands
+    if not dims.group and m and n and m % 16 == n % 16 == 0:
+        which, axis = {
+            ((0,), (0,)): (op.k_grouped_fp8_gemm_tn_contiguous, 0),
+            ((1,), (1,)): (op.k_grouped_fp8_gemm_nt_contiguous, 1),
+        }.get(contract, (None, 0))
+
+        def fits(x: ScaledArray) -> bool:
+            wanted = list(x.shape)
+            wanted[axis] = -(-k // BLOCK)
+            return x.scale.shape == tuple(wanted)
+
+        if which is not None and fits(lhs) and fits(rhs):
+            return which, [*pairs[0], *pairs[1]]
     return None
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core import compat
-from ..gemm.reference import fp8_gemm_1d2d
+from .._core import compat, sums
+from ..gemm.reference import of_form
 
 BLOCK = 128
 LARGEST_TILE = 128
@@ -66,7 +66,7 @@ def _rows_by_tile(params: Any, ids: jax.Array, groups: int, n: int, product: Cal
     first_tile = jnp.cumsum(tiles) - tiles
 
     def one(number):
-        group = jnp.minimum(jnp.searchsorted(last_tile, number, side="right"), groups - 1)
+        group = jnp.minimum(sums.rank(last_tile, number), groups - 1)
         row = first_row[group] + (number - first_tile[group]) * tile + jnp.arange(tile)
         # Rows behind the group's last are computed too, and read by nobody.
         return product(jnp.take(order, row, mode="clip"), group)
@@ -80,9 +80,11 @@ def _rows_by_tile(params: Any, ids: jax.Array, groups: int, n: int, product: Cal
 
 
 @_one_or_batch
-def fp8_contiguous(params, a, a_scale, b, b_scale, ids):
+def fp8_contiguous(params, a, a_scale, b, b_scale, ids, *, scales):
+    dense = of_form(scales, False, False)
+
     def product(rows, group):
-        return fp8_gemm_1d2d(params, a[rows], a_scale[rows], b[group], b_scale[group])[0]
+        return dense(params, a[rows], a_scale[rows], b[group], b_scale[group])[0]
 
     groups, n, _ = b.shape
     return _rows_by_tile(params, ids, groups, n, product)
@@ -101,8 +103,8 @@ def contiguous(params, a, b, ids, *, transpose_b):
     return _rows_by_tile(params, ids, b.shape[0], n, product)
 
 
-def fp8_masked(params, a, a_scale, b, b_scale, masked_m):
-    return fp8_gemm_1d2d(params, a, a_scale, b, b_scale)
+def fp8_masked(params, a, a_scale, b, b_scale, masked_m, *, scales):
+    return of_form(scales, False, False)(params, a, a_scale, b, b_scale)
 
 
 def masked(params, a, b, masked_m):
@@ -127,7 +129,7 @@ def _sum_by_tile(
         last_tile = jnp.cumsum(tiles)
 
         def add(number, d):
-            group = jnp.searchsorted(last_tile, number, side="right")
+            group = sums.rank(last_tile, number)
             index = starts[group] + (number - last_tile[group] + tiles[group]) * tile
             index += jnp.arange(tile)
             valid = index < ends[group]

@@ -146,8 +146,7 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any, group_sizes:
     words = (blocks + PACKED - 1) // PACKED
     last_words = jnp.cumsum(words)
     word = jnp.arange(rows // PACKED + len(sizes), dtype=jnp.int32)
-    group = jnp.searchsorted(last_words, word, side="right", method="compare_all")
-    group = jnp.minimum(group, len(sizes) - 1)
+    group = jnp.minimum(sums.rank(last_words, word), len(sizes) - 1)
     first = (word - (last_words - words)[group]) * PACKED
     within = first[:, None] + jnp.arange(PACKED, dtype=jnp.int32)
     row = (jnp.cumsum(blocks) - blocks)[group][:, None] + within

@@ -113,8 +113,7 @@ def quantize_transpose_grouped(params, x, sizes):
     starts, sizes = rows_of_groups(sizes, m)
     padded_ends = jnp.cumsum(fill_up(sizes))
     column = jnp.arange(params.columns, dtype=jnp.int32)
-    group = jnp.searchsorted(padded_ends, column, side="right", method="compare_all")
-    group = jnp.minimum(group, len(sizes) - 1)
+    group = jnp.minimum(sums.rank(padded_ends, column), len(sizes) - 1)
     offset = column - (padded_ends - fill_up(sizes))[group]
     row = jnp.where(offset < sizes[group], starts[group] + offset, m)
     gathered = jnp.pad(x, ((0, 1), (0, 0)))[row]

@@ -1,6 +1,7 @@
 """What an Op makes of a declaration, on ops made up for it."""
 
 import dataclasses
+import logging
 import re
 
 import jax
@@ -205,8 +206,15 @@ def test_kernel_gives_a_result_in_the_layout_declared():
     assert re.findall(r"dense<\[(.*?)\]>", layouts) == ["1, 0", "0, 1"]
 
 
-def test_kernel_that_refuses_a_call_leaves_it_to_the_reference():
-    assert "made_up" in lower_for_gpu(300)
-    assert "made_up" not in lower_for_gpu(301)
+def test_kernel_that_refuses_a_call_leaves_it_to_the_reference(caplog):
+    with caplog.at_level(logging.WARNING, "deepgemm_jax"):
+        assert "made_up" in lower_for_gpu(300)
+        assert "made_up" not in lower_for_gpu(301, implementation="xla")
+        assert not caplog.records
+        assert "made_up" not in lower_for_gpu(301)
+        assert "made_up" not in lower_for_gpu(303)
+    assert [record.message for record in caplog.records] == [
+        "quantize has no kernel for odd lengths: plain JAX takes its place"
+    ]
     with pytest.raises(NotImplementedError, match="quantize has no kernel for odd lengths"):
         lower_for_gpu(301, implementation="cuda")

@@ -30,8 +30,10 @@ def test_one_scale_for_all():
 
 
 def test_scale_of_another_shape():
-    with pytest.raises(ValueError, match=r"scale has shape \(130, 3\).*wanted 400, 4 or 1"):
+    with pytest.raises(ValueError, match=r"scale has shape \(130, 3\).*wanted 400 or 4 or 1 along"):
         ScaledArray(jnp.ones((130, 400)), jnp.ones((130, 3))).dequantize()
+    with pytest.raises(ValueError, match="wanted 11 or 1 along"):
+        ScaledArray(jnp.ones((11, 128)), jnp.ones((3, 1))).dequantize()
     with pytest.raises(ValueError, match=r"scale has shape \(130,\).*wanted 2 dimensions"):
         ScaledArray(jnp.ones((130, 400)), jnp.ones(130)).dequantize()
 
@@ -44,7 +46,8 @@ def test_is_a_pytree():
     np.testing.assert_array_equal(each, x.dequantize())
     structure = jax.tree.structure(x)
     assert repr(jax.tree.unflatten(structure, [None, "no array"]))
-    assert jax.tree.map(lambda leaf: leaf.shape, x) == ScaledArray((3, 64, 256), (3, 64, 2))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, x)
+    assert (shapes.data, shapes.scale) == ((3, 64, 256), (3, 64, 2))
 
 
 def test_examples_of_the_docstrings():
@@ -88,6 +91,30 @@ def test_rows_one_by_one():
     x = random_matrix(np.random.default_rng(0), 3, 300, 1)
     rows = [row.dequantize() for row in jax.tree.map(jnp.asarray, x)]
     np.testing.assert_array_equal(np.stack(rows), x.dequantize())
+    assert len(x) == 3
+    with pytest.raises(TypeError, match="has no dimensions"):
+        len(ScaledArray(jnp.ones(()), jnp.ones(())))
+
+
+def test_is_itself_and_no_other():
+    x, y = (ScaledArray(jnp.ones((2, 3)), jnp.ones((2, 1))) for _ in range(2))
+    assert x == x and x != y
+    assert len({x, y, x}) == 2
+
+
+@pytest.mark.parametrize(
+    ("x", "brief"),
+    [
+        ((np.ones((2, 3)), None), r"\(float64\[2,3\], None\)"),
+        ([np.ones((2, 3)), 1], r"\[float64\[2,3\], 1\]"),
+        (ScaledArray(np.ones((2, 3)), None), r"ScaledArray\(float64\[2,3\], scale=None\)"),
+        ((np.ones((2, 3)), "one"), "'one'"),
+    ],
+    ids=str,
+)
+def test_what_is_no_operand(x, brief):
+    with pytest.raises(TypeError, match=f"^op: a is .*{brief}.*, wanted a ScaledArray or a tuple"):
+        scaled.unpack("op", "a", x)
 
 
 def test_indices_that_scales_cannot_follow():

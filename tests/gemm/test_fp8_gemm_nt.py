@@ -22,7 +22,16 @@ from oracles import (
     random_problem,
 )
 
-from deepgemm_jax import ScaledArray, fp8_gemm_nn, fp8_gemm_nt
+from deepgemm_jax import (
+    ScaledArray,
+    bf16_gemm_nn,
+    fp8_gemm_1d1d,
+    fp8_gemm_1d2d,
+    fp8_gemm_nn,
+    fp8_gemm_nt,
+    fp8_gemm_tn,
+    fp8_gemm_tt,
+)
 
 DTYPES = [jnp.bfloat16, jnp.float32]
 
@@ -217,7 +226,27 @@ B = array(FLOAT8, 300, 256), array(jnp.float32, 3, 2)
             ValueError,
             ["preferred_element_type", "float16", "bfloat16 or float32"],
         ),
-        ((A, B), {"recipe": (1, 1, 128)}, ValueError, ["recipe", "(1, 1, 128)", "(1, 128, 128)"]),
+        (
+            (A, B),
+            {"recipe": (1, 1, 128)},
+            ValueError,
+            ["(5, 2) and (3, 2), wanted (5, 2) and (300, 2) for recipe (1, 1, 128)"],
+        ),
+        (
+            (A, B),
+            {"recipe": (1, 1, 0)},
+            ValueError,
+            ["(5, 2) and (3, 2), wanted (5, 1) or (1, 1) and (300, 1) or (1, 1) for recipe"],
+        ),
+        ((A, B), {"recipe": (1, 1, 7)}, ValueError, ["recipe is (1, 1, 7)", "(1, 128, 128) or"]),
+        (
+            ((A[0], A[1][:, :1]), B),
+            {},
+            ValueError,
+            ["(5, 1) and (3, 2), wanted (5, 2) and (3, 2) for", "(300, 2) for", "(300, 1) or"],
+        ),
+        (((A[0], A[1][:, 0]), B), {}, ValueError, ["a.scale", "(5,) and (3, 2)"]),
+        ((A, (B[0], B[1][0, 0])), {}, ValueError, ["b.scale", "(5, 2) and ()"]),
         ((A, B), {"implementation": "gpu"}, ValueError, ["implementation", "'gpu'", "'cuda'"]),
         ((A, B), {"config": "fast"}, ValueError, ["config is 'fast'", "explain"]),
     ],
@@ -234,6 +263,33 @@ def test_bad_k_of_an_operand_that_is_transposed():
     b = jnp.ones((100, 512), jnp.float8_e4m3fn), jnp.ones((1, 4))
     with pytest.raises(ValueError, match="a.data has k = 100, wanted .* a multiple of 16"):
         fp8_gemm_nn(a, b)
+
+
+def test_bad_input_of_an_operand_that_is_transposed():
+    """Errors are of the op that was called, and of shapes as they were passed."""
+    a, b = (A[0].T, A[1].T), (B[0].T, B[1].T)
+    c = array(jnp.bfloat16, 5, 301)
+    wide = array(FLOAT8, 240, 300), B[1].T
+    for gemm, arguments, error in [
+        (fp8_gemm_nn, (A, wide), r"b.data has shape \(240, 300\), wanted \(256, 300\).* \[k n\]"),
+        (fp8_gemm_nn, (A, (b[0], B[1])), r"\(5, 2\) and \(3, 2\), wanted \(5, 2\) and \(2, 3\)"),
+        (fp8_gemm_tn, (a, b, c), r"c has shape \(5, 301\), wanted \(5, 300\)"),
+        (fp8_gemm_tn, (A, b), r"b.data has shape \(256, 300\), wanted \(5, 300\)"),
+        (fp8_gemm_tt, (a, (B[0], None)), "b is "),
+        (fp8_gemm_tt, ((a[0], a[1].astype(jnp.bfloat16)), B), "a.scale has dtype bfloat16"),
+        (fp8_gemm_1d1d, (A, B), r"and \(3, 2\), wanted \(5, 2\) and \(300, 2\)"),
+        (fp8_gemm_1d2d, (A, (B[0], array(jnp.float32, 300, 2))), r"wanted \(5, 2\) and \(3, 2\)"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=f"^{gemm.__name__}: .*{error}"):
+            gemm(*arguments)
+
+
+def test_no_preferred_element_type_is_the_default():
+    x = array(jnp.bfloat16, 16, 16)
+    rows = array(FLOAT8, 300, 256), array(jnp.float32, 300, 2)
+    assert fp8_gemm_nt(A, B, preferred_element_type=None).dtype == jnp.bfloat16
+    assert fp8_gemm_1d1d(A, rows, preferred_element_type=None).dtype == jnp.float32
+    assert bf16_gemm_nn(x, x, preferred_element_type=None).dtype == jnp.bfloat16
 
 
 def test_derivative_says_what_to_do_instead():

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from oracles import random_like, random_problem
 
 from deepgemm_jax import (
+    bf16_gemm_nt,
+    explain,
     fp8_gemm_nn,
     fp8_gemm_nt,
     fp8_gemm_tn,
@@ -199,3 +201,12 @@ def test_manual_mesh_lowers_for_a_gpu(mesh):
         )
     (call,) = calls(text)
     assert re.findall(r"tensor<([\dx]+)f", call)[:3] == ["32x512x", "32x4x", "256x512x"]
+
+
+def test_what_is_explained_may_have_arguments_that_are_no_arrays():
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+    options = {"preferred_element_type": jnp.float32, "implementation": "cuda"}
+    [found] = explain(bf16_gemm_nt, x, b=x, **options)
+    assert found.problem.out_dtype == jnp.float32
+    [found] = explain(lambda xs, options: bf16_gemm_nt(*xs, **options), [x, x], options)
+    assert found.problem.out_dtype == jnp.float32

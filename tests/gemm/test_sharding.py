@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import assert_close, product, random_like, random_problem
 
-from deepgemm_jax import fp8_gemm_nt, fp8_gemm_tn
+from deepgemm_jax import bf16_gemm_nn, fp8_gemm_nt, fp8_gemm_tn
 from deepgemm_jax.gemm import op
 
 gemm = functools.partial(fp8_gemm_nt, preferred_element_type=jnp.float32)
@@ -49,7 +49,7 @@ def put(x, *spec):
             axes if length % size == 0 else None
             for axes, length, size in zip(spec, leaf.shape, sizes, strict=False)
         )
-        return jax.device_put(leaf, NamedSharding(mesh, P(*fits)))
+        return jax.device_put(leaf, P(*fits))
 
     return jax.tree.map(one, x)
 
@@ -238,3 +238,15 @@ def test_result_that_is_asked_for_in_pieces(mesh, pieces):
         d = jax.jit(lambda a, b: gemm(a, b), out_shardings=d_sharding)(put(a), put(b))
     assert pieces == {(32, 256, 128)}
     assert_close(d, product(a, b))
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
+def test_operand_that_is_on_no_mesh(mesh, kinds):
+    """It comes to that of the others, divided as they are."""
+    x, w = (np.ones(shape, jnp.bfloat16) for shape in ((16, 32), (32, 24)))
+    c = np.arange(16 * 24).reshape(16, 24).astype(jnp.bfloat16)
+    with mesh(*kinds):
+        x, w = put(x, "x"), put(w)
+        d = jax.jit(lambda x, w, c: bf16_gemm_nn(x, w, c))(x, w, c)
+        assert d.sharding.is_equivalent_to(x.sharding, 2)
+    np.testing.assert_array_equal(d, (32 + c.astype(np.float32)).astype(jnp.bfloat16))

@@ -4,16 +4,18 @@ import doctest
 import functools
 import inspect
 import itertools
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grouped.cases import SIZES, Form, ids, pick, random_array, spans
+from grouped.cases import SIZES, Form, every_recipe, ids, pick, random_array, scaled, spans, swap
 from jax.lax import RaggedDotDimensionNumbers
 from oracles import assert_close, on_each_platform, put
 
 from deepgemm_jax import ScaledArray, ragged_dot, ragged_dot_general
+from deepgemm_jax.grouped import groups
 
 M, K, N, G = 70, 33, 20, 4
 FORM = Form("m_grouped_bf16_gemm_nn_contiguous")  # of which ragged_dot is the same in any dtype
@@ -58,9 +60,7 @@ def test_arguments_are_those_of_jax():
     ]:
         theirs = list(inspect.signature(theirs).parameters.values())
         ours = list(inspect.signature(ours).parameters.values())
-        assert [(p.name, p.default) for p in ours[:-1]] == [
-            (p.name, p.default) for p in theirs if p.name != "out_sharding"
-        ]
+        assert [(p.name, p.default) for p in ours[:-1]] == [(p.name, p.default) for p in theirs]
         assert ours[-1].name == "implementation"
 
 
@@ -360,6 +360,19 @@ def dequantized(x):
     return np.asarray(x.dequantize(), np.float32)
 
 
+@every_recipe
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_scales_of_every_recipe_have_a_kernel(recipe, of_a, of_b, dtype):
+    rng = np.random.default_rng(19)
+    lhs, rhs = scaled(rng, dtype, of_a, M, 144), swap(scaled(rng, dtype, of_b, G, 136, 144))
+    sizes = np.array(SIZES[0], np.int32)
+    dot = jax.jit(functools.partial(ragged_dot, preferred_element_type=jnp.float32))
+    program = dot.trace(lhs, rhs, sizes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "deepgemm_jax_gemm" in program
+    expected = FORM.expected(dequantized(lhs), dequantized(rhs), ids(sizes, M))
+    assert_close(dot(lhs, rhs, sizes), expected)
+
+
 def test_scales_of_other_kinds_are_multiplied_in():
     form = Form("m_grouped_fp8_gemm_nn_contiguous")
     lhs, rhs = form.problem(16, M, 136, 144, G)
@@ -374,6 +387,42 @@ def test_scales_of_other_kinds_are_multiplied_in():
     d = ragged_dot(lhs, plain, sizes)
     assert d.dtype == jnp.float32
     assert_close(d, FORM.expected(dequantized(lhs), plain, ids(sizes, M)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, bool, jnp.float8_e4m3fn, jnp.float16, jnp.bfloat16])
+def test_scales_are_multiplied_in_beside_what_is_narrow(dtype):
+    """In float32, if the other operand's dtype could not hold the product with scales."""
+    scaled = ScaledArray(jnp.ones((M, 4), jnp.float8_e4m3fn), jnp.full((M, 1), 1.25))
+    plain, sizes = jnp.ones((G, 4, N)).astype(dtype), np.array(FITTING[0], np.int32)
+    d = ragged_dot(scaled, plain, sizes)
+    assert d.dtype == (dtype if dtype in (jnp.float16, jnp.bfloat16) else jnp.float32)
+    wanted = np.where(ids(sizes, M) >= 0, 5, 0)
+    np.testing.assert_array_equal(d, np.broadcast_to(wanted[:, None], (M, N)))
+
+
+@pytest.mark.parametrize("setting", ["1", "0", "", None])
+def test_reports_of_numbers_that_were_clamped(monkeypatch, caplog, setting):
+    if setting is None:
+        monkeypatch.delenv("DEEPGEMM_JAX_DEBUG_GROUPS", raising=False)
+    else:
+        monkeypatch.setenv("DEEPGEMM_JAX_DEBUG_GROUPS", setting)
+    lhs, rhs = problem(20)
+    sizes = np.array(FITTING[0], np.int32)
+    wrong = [(2, 3), (2, -1), (4, 1), (4, np.uint32(2**32 - 1))]
+    right = [(2, 2), (4, np.uint32(0)), (4, np.int8(0))]
+    with caplog.at_level(logging.WARNING, "deepgemm_jax"):
+        for count, offset in right + wrong:
+            ragged_dot(lhs, rhs[:count], sizes, group_offset=offset)
+        for dtype in np.uint8, np.uint32, np.int32:
+            groups.row_ids("op", 3, G, np.array([0, 3, 2], dtype))
+        for rows in [0, 3, 2**32 - 1], [0, 4, 2]:
+            groups.row_ids("op", 3, G, np.array(rows, np.uint32))
+        jax.effects_barrier()
+    reports = [
+        *(f"ragged_dot: group_offset outside of 0 to {G - n}: 1 of them" for n, _ in wrong),
+        *["op: m_indices that are no group's of 4 nor -1: 1 of them"] * 2,
+    ]
+    assert [record.message for record in caplog.records] == (reports if setting == "1" else [])
 
 
 def test_scaled_arrays_that_no_kernel_takes():
@@ -408,6 +457,12 @@ def test_scaled_arrays_have_no_derivative():
             "rhs has 4 groups, wanted no more than the 3",
         ),
         ({"lhs": (1, 2, 3)}, TypeError, "lhs is .* wanted a ScaledArray"),
+        (
+            {"lhs": (np.zeros((M, K), jnp.bfloat16), np.zeros((3, 1)))},
+            ValueError,
+            r"lhs.scale has shape \(3, 1\) for data of shape .* wanted 70 or 1",
+        ),
+        ({"out_sharding": "x"}, TypeError, "out_sharding is x"),
         ({"implementation": "gpu"}, ValueError, "implementation is 'gpu'"),
     ],
 )

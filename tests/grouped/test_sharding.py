@@ -19,11 +19,6 @@ SIZES = np.array([20, 0, 33, 5], np.int32)
 RAGGED = Form("m_grouped_bf16_gemm_nn_contiguous")
 
 
-def put(x, *spec):
-    sharding = NamedSharding(jax.sharding.get_mesh(), P(*spec))
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), x)
-
-
 def collectives(compiled) -> set[str]:
     pattern = r"\b(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)\b"
     return set(re.findall(pattern, compiled.as_text()))
@@ -52,8 +47,7 @@ def test_rows_columns_and_sums_are_divided(mesh, form, kind, a_spec, b_spec, d_s
     with mesh(kind):
         d, found = compiled(
             lambda a, b, sizes: gemm(a, b, group_sizes=sizes),
-            put(a, *a_spec),
-            put(b, *b_spec),
+            *jax.device_put((a, b), (P(*a_spec), P(*b_spec))),
             SIZES,
         )
         assert found == needed
@@ -71,10 +65,10 @@ def test_gradients_lie_as_their_operands(mesh, kind):
         )
 
     wanted = jax.jit(gradient)(lhs, rhs, SIZES)
-    for l_spec, r_spec, sizes_spec in [((None, "x"), (), ()), ((), ("x",), ("x",))]:
+    for *specs, sizes_spec in [(P(None, "x"), P(), P()), (P(), P("x"), P("x"))]:
         with mesh(kind):
-            operands = put(lhs, *l_spec), put(rhs, *r_spec)
-            found = jax.jit(gradient)(*operands, put(SIZES, *sizes_spec))
+            operands = jax.device_put((lhs, rhs), tuple(specs))
+            found = jax.jit(gradient)(*operands, jax.device_put(SIZES, sizes_spec))
             for x, dx, dx_wanted in zip(operands, found, wanted, strict=True):
                 if kind == AxisType.Explicit:
                     assert dx.sharding.is_equivalent_to(x.sharding, x.ndim)
@@ -89,7 +83,9 @@ def test_masked_groups_are_divided(mesh, form, kind):
     a, b = form.masked_problem(1, 32, N, K, G)
     counts = np.array([5, 0, 20, 32], np.int32)
     with mesh(kind):
-        d, found = compiled(form.function, put(a, "x"), put(b, "x", "y"), put(counts, "x"))
+        d, found = compiled(
+            form.function, *jax.device_put((a, b, counts), (P("x"), P("x", "y"), P("x")))
+        )
         assert found == set()
     d = np.asarray(d)
     for g in range(G):
@@ -101,14 +97,12 @@ def test_masked_groups_are_divided(mesh, form, kind):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_k_grouped_columns_are_divided(mesh, form, kind):
     a, b = form.sum_problem(2, 64, 128, 70)
-    specs = [(None, "x"), (None, "y")] if "_tn_" in form.name else [("x",), ("y",)]
+    specs = (P(None, "x"), P(None, "y")) if "_tn_" in form.name else (P("x"), P("y"))
     c = random_array(np.random.default_rng(2), G, 64, 128, dtype=np.float32)
     with mesh(kind):
         d, found = compiled(
             lambda a, b, c, sizes: form.function(a, b, c, group_sizes=sizes),
-            put(a, *specs[0]),
-            put(b, *specs[1]),
-            put(c, None, "x", "y"),
+            *jax.device_put((a, b, c), (*specs, P(None, "x", "y"))),
             SIZES,
         )
         assert found == set()
@@ -155,14 +149,14 @@ def test_experts_are_divided(mesh, kind):
         sharded = jax.shard_map(
             expert_parallel, in_specs=(P("x"), P("y"), P()), out_specs=P("x"), check_vma=True
         )
-        operands = put(lhs, "x"), put(rhs, "y")
+        operands = jax.device_put((lhs, rhs), (P("x"), P("y")))
 
         @jax.jit
         def both(lhs, rhs, cotangent):
             d, pullback = jax.vjp(lambda lhs, rhs: sharded(lhs, rhs, sizes), lhs, rhs)
             return d, *pullback(cotangent)
 
-        d, d_lhs, d_rhs = map(np.asarray, both(*operands, put(cotangent, "x")))
+        d, d_lhs, d_rhs = map(np.asarray, both(*operands, jax.device_put(cotangent, P("x"))))
     for half in (slice(0, M), slice(M, None)):
         rows = ids(sizes, M)
         assert_close(d[half], RAGGED.expected(lhs[half], rhs, rows))
@@ -203,3 +197,72 @@ def test_weight_gradient_inside_shard_map(mesh):
     for half in range(2):
         rows, groups = slice(70 * half, 70 * half + 70), slice(2 * half, 2 * half + 2)
         assert_close(d[groups], form.expected_sums(a[rows], b[rows], spans(sizes[groups], 70)))
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (AxisType.Auto, AxisType.Auto),
+        (AxisType.Explicit, AxisType.Explicit),
+        (AxisType.Explicit, AxisType.Auto),
+        (AxisType.Auto, AxisType.Explicit),
+    ],
+    ids=str,
+)
+def test_mesh_with_one_axis_manual(mesh, kinds):
+    rng = np.random.default_rng(8)
+    lhs, rhs = (random_array(rng, *shape, dtype=np.float32) for shape in ((2 * M, 33), (G, 33, 20)))
+    cotangent = random_array(rng, 2 * M, 20, dtype=np.float32)
+    with mesh(*kinds):
+        sharded = jax.shard_map(
+            ragged_dot,
+            in_specs=(P("x"), P(), P()),
+            out_specs=P("x"),
+            axis_names={"x"},
+            check_vma=True,
+        )
+
+        @jax.jit
+        def both(lhs, rhs, sizes, cotangent):
+            d, pullback = jax.vjp(lambda lhs, rhs: sharded(lhs, rhs, sizes), lhs, rhs)
+            return d, *pullback(cotangent)
+
+        on_x = jax.device_put((lhs, cotangent), P("x"))
+        d, d_lhs, d_rhs = map(np.asarray, both(on_x[0], rhs, SIZES, on_x[1]))
+    rows = ids(SIZES, M)
+    weights = Form("k_grouped_bf16_gemm_tn_contiguous")
+    parts = []
+    for half in (slice(0, M), slice(M, None)):
+        assert_close(d[half], RAGGED.expected(lhs[half], rhs, rows))
+        assert_close(d_lhs[half], RAGGED.expected(cotangent[half], rhs.swapaxes(1, 2), rows))
+        parts.append(weights.expected_sums(lhs[half], cotangent[half], spans(SIZES, M)).value)
+    np.testing.assert_allclose(d_rhs, sum(parts), rtol=1e-4, atol=1e-4)
+
+
+@forms("k_grouped_fp8_gemm_tn_contiguous", "k_grouped_bf16_gemm_nt_contiguous")
+def test_k_grouped_with_one_axis_manual(mesh, form):
+    a, b = form.sum_problem(10, 64, 128, 70)
+    sharded = jax.shard_map(
+        lambda a, b, sizes: form.function(a, b, group_sizes=sizes),
+        in_specs=(P(None, "x") if "_tn_" in form.name else P("x"), P(), P()),
+        out_specs=P(None, "x"),
+        axis_names={"x"},
+        check_vma=True,
+    )
+    with mesh(AxisType.Auto):
+        d = jax.jit(sharded)(a, b, SIZES)
+    assert_close(d, form.expected_sums(a, b, spans(SIZES, 70)))
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_result_is_divided_as_asked_for(mesh, jit):
+    lhs, rhs = RAGGED.problem(11, M, N, K, G)
+    with mesh(AxisType.Explicit):
+        to = NamedSharding(jax.sharding.get_mesh(), P(None, "y"))
+        for out_sharding in to, to.spec:
+            dot = functools.partial(ragged_dot, out_sharding=out_sharding)
+            d = (jax.jit(dot) if jit else dot)(jax.device_put(lhs, P("x")), rhs, SIZES)
+            assert d.sharding.is_equivalent_to(to, 2)
+            assert_close(d, RAGGED.expected(lhs, rhs, ids(SIZES, M)))
+    with mesh(AxisType.Auto), pytest.raises(ValueError, match="^ragged_dot: out_sharding is P"):
+        ragged_dot(lhs, rhs, SIZES, out_sharding=P("x"))
