@@ -242,7 +242,8 @@ def fp8_paged_mqa_logits(
             f"b = {batch} times n = {next_n} of q, and h = {heads}"
         )
     if lengths.ndim == 1 and lengths.shape == (batch,):
-        lengths = lengths[:, None] + jnp.arange(1 - next_n, 1, dtype=lengths.dtype)
+        # A negative one, which may be the least of integers, less something must not wrap around.
+        lengths = jnp.maximum(lengths, 0)[:, None] + jnp.arange(1 - next_n, 1, dtype=lengths.dtype)
     if schedule_meta is not None:
         meta = jnp.asarray(schedule_meta)
         if meta.ndim != 2 or meta.shape[1] != 2 or meta.dtype != jnp.int32:

@@ -21,6 +21,7 @@ Router = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 STRATEGIES = ("all_gather", "all_to_all", "ragged_all_to_all")
 LAYOUTS = ("contiguous", "masked")
+WIRE_DTYPES = tuple(map(jnp.dtype, (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32)))
 
 
 @jax.tree_util.register_dataclass
@@ -214,9 +215,10 @@ def moe_layer(
       params: the weights; from `MoEParams.quantize` to serve, without a gradient.
       router: takes logits, float32 [T, E], and `params.bias`, and gives weights and experts, both
         [T, k], an expert of -1 for none: `functools.partial(route, top_k=8)`. How exact logits are
-        is for `jax.default_matmul_precision` to say, as for any product of JAX.
+        is for `jax.default_matmul_precision` to say, as for any product of JAX. The experts of a
+        token are distinct: there may be no room for one that is named twice.
       valid: None, or booleans [T]: which tokens count. The others are padding: they go to no
-        expert and come back zero.
+        expert and come back zero, as do their gradients, whatever they hold, NaN too.
       strategy: None where each device has all experts; or how tokens get to them: for all of the
         expert axes, or for each of them.
       axes: the mesh axes; not needed on one device.
@@ -226,12 +228,12 @@ def moe_layer(
       dispatch_dtype: in which dtype tokens are sent: float8_e4m3fn, with a scale for each 128
         channels, bfloat16 or float32. None is the first if the recipe's forward is in FP8, else
         x's. So are gradients, sent to the experts.
-      combine_dtype: in which dtype the experts' sums come back, as are the tokens' gradients. None
-        is x's. Tokens' sums over devices are in float32.
+      combine_dtype: in which of these dtypes the experts' sums come back, as do the tokens'
+        gradients. None is x's. Tokens' sums over devices are in float32.
       layout: how rows are multiplied: "contiguous", sorted by expert; or "masked", for few tokens:
         each expert has as many rows as there are tokens. Without a gradient.
-      chunks: how many parts tokens are divided into, so that XLA may send one while it computes
-        another.
+      chunks: how many parts a device's tokens are divided into, no more than there are of them, so
+        that XLA may send one while it computes another.
       recipe: precision of the products, as `training.grouped_mlp` takes it.
       implementation: "cuda" for the kernels, "xla" for plain JAX, None for kernels where there are
         some and plain JAX elsewhere.
@@ -241,7 +243,9 @@ def moe_layer(
 
     Raises:
       ValueError: a strategy, layout or axes that there are not; weights that do not fit them; a
-        `valid` of another length; no chunks or no capacity.
+        `valid` of another length; no chunks or no capacity; a `dispatch_dtype` or `combine_dtype`
+        that is none of the above.
+      TypeError: a `valid` that is not boolean.
       NotImplementedError: ragged_all_to_all where XLA would refuse.
 
     Example:
@@ -262,10 +266,17 @@ def moe_layer(
             f"moe_layer: layout is {layout!r}, wanted {' or '.join(map(repr, LAYOUTS))}"
         )
     x = jnp.asarray(x)
-    if valid is not None and jnp.shape(valid) != x.shape[:1]:
-        raise ValueError(f"moe_layer: valid has shape {jnp.shape(valid)}, wanted {x.shape[:1]}")
+    if valid is not None:
+        valid = jnp.asarray(valid)
+        if valid.dtype != bool:
+            raise TypeError(f"moe_layer: valid has dtype {valid.dtype}, wanted bool")
+        if valid.shape != x.shape[:1]:
+            raise ValueError(f"moe_layer: valid has shape {valid.shape}, wanted {x.shape[:1]}")
+        # Padding would get into the gradients of weights, by NaN or by scales that tokens share.
+        x = jnp.where(valid[:, None], x, 0)
     if chunks < 1:
         raise ValueError(f"moe_layer: chunks is {chunks}, wanted at least 1")
+    chunks = max(1, min(chunks, len(x)))
     if capacity_factor is not None and capacity_factor <= 0:
         raise ValueError(
             f"moe_layer: capacity_factor is {capacity_factor}, wanted None or more than 0"
@@ -274,8 +285,8 @@ def moe_layer(
     served = isinstance(params.w_down, ScaledArray)
     in_fp8 = served or Recipe.of("moe_layer", recipe).forward == "fp8"
     wire = Wire(
-        dispatch_dtype or (jnp.float8_e4m3fn if in_fp8 else x.dtype),
-        combine_dtype or x.dtype,
+        _wire_dtype("dispatch_dtype", dispatch_dtype, jnp.float8_e4m3fn if in_fp8 else x.dtype),
+        _wire_dtype("combine_dtype", combine_dtype, x.dtype),
         implementation,
     )
     call = _Call(strategies, axes, capacity_factor, wire, layout, recipe, implementation)
@@ -312,6 +323,16 @@ def _strategies(strategy: str | Sequence[str] | None, axes: Axes) -> Sequence[st
     return each
 
 
+def _wire_dtype(name: str, dtype: Any, default: Any) -> Any:
+    if dtype is None:
+        return default
+    dtype = jnp.dtype(dtype)
+    if dtype not in WIRE_DTYPES:
+        wanted = ", ".join(x.name for x in WIRE_DTYPES)
+        raise ValueError(f"moe_layer: {name} is {dtype}, wanted one of {wanted}")
+    return dtype
+
+
 def _parts(x: Any, chunks: int) -> list[Any]:
     return [None] * chunks if x is None else jnp.array_split(x, chunks)
 
@@ -320,7 +341,8 @@ def _choose(
     router: Router, params: MoEParams, x: jax.Array, valid: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens' experts, -1 for none, and weights."""
-    weights, experts = router(x.astype(jnp.float32) @ params.router, params.bias)
+    logits = x.astype(jnp.float32) @ params.router.astype(jnp.float32)
+    weights, experts = router(logits, params.bias)
     # A router may do without the logits.
     weights, experts, _ = compat.vary_alike([weights, experts, x])
     exists = (experts >= 0) & (experts < params.router.shape[1])

@@ -26,7 +26,8 @@ def grouped_gemm(
       rhs: bfloat16 or float32 [G, K, N].
       group_sizes: integers [G].
       precision: for the arguments' sake: the recipe says in which precision is multiplied.
-      preferred_element_type: the result's dtype, None for that of `lhs`.
+      preferred_element_type: the result's dtype, None for that of `lhs`, to which the result is
+        rounded in any case unless `recipe` is None.
       group_offset: None; or the group that the first of `rhs` belongs to, which may then be fewer
         than `group_sizes`.
       recipe: as `training.grouped_linear` takes it; None multiplies in the operands' dtypes, as

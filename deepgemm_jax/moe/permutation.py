@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core import compat
-from ..scaled import ScaledArray
+from ..scaled import ScaledArray, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +43,10 @@ class Permutation:
           capacity: None for groups that follow each other; or how many rows each group has of its
             own, used or not. A slot that finds its group full has no row.
 
+        Raises:
+          TypeError: groups that are no integers.
+          ValueError: groups of another number of dims.
+
         Example:
 
             >>> import jax.numpy as jnp
@@ -52,6 +56,10 @@ class Permutation:
             [[3, 0], [1, 2], [4, 6]] [1 2 3 0 4 6] [2 1 2]
         """
         groups = jnp.asarray(groups)
+        if not jnp.issubdtype(groups.dtype, jnp.integer):
+            raise TypeError(f"Permutation.of: groups has dtype {groups.dtype}, wanted integers")
+        if groups.ndim != 2:
+            raise ValueError(f"Permutation.of: groups has shape {groups.shape}, wanted [T, k]")
         slots = groups.size
         if capacity is not None:
             rows = num_groups * capacity
@@ -94,6 +102,9 @@ def permute(x: Any, permutation: Permutation) -> Any:
     Returns:
       [R, ...] of x's dtype, or a `ScaledArray` whose data and scales were moved together.
 
+    Raises:
+      ValueError: as many tokens as the permutation has not.
+
     An array of floats has a gradient: it is `unpermute` of the result's, no scatter.
 
     Example:
@@ -105,7 +116,7 @@ def permute(x: Any, permutation: Permutation) -> Any:
         >>> print(rows[:, 0], unpermute(rows, plan)[:, 0])
         [1. 2. 2. 1. 3. 0.] [2. 4. 3.]
     """
-    x = jax.tree.map(jnp.asarray, x)
+    x = _rows("permute", "x", x, permutation.row.shape[0])
     if isinstance(x, ScaledArray):
         return jax.tree.map(lambda leaf: _gather(leaf, permutation), x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -127,18 +138,37 @@ def unpermute(rows: Any, permutation: Permutation, weights: Any = None) -> jax.A
       float32 [T, ...]. A slot that has no row adds nothing, and rows that are none's may hold
       anything, NaN too.
 
+    Raises:
+      ValueError: rows or weights of other shapes than the permutation's.
+
     Arrays have a gradient. Example: see `permute`.
     """
-    rows = jax.tree.map(jnp.asarray, rows)
+    rows = _rows("unpermute", "rows", rows, len(permutation.slot))
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        if weights.shape != permutation.row.shape:
+            raise ValueError(
+                f"unpermute: weights has shape {weights.shape}, wanted {permutation.row.shape}"
+            )
     if isinstance(rows, ScaledArray):
         return _sum(rows, permutation, weights)
     if weights is not None:
         # Of weights that are rows' own, both gradients are products of what rows have.
-        own = permute(jnp.asarray(weights).reshape(-1), permutation.of_slots())
+        own = permute(weights.astype(jnp.float32).reshape(-1), permutation.of_slots())
         own = own.reshape(-1, *[1] * (rows.ndim - 1))
         used = (permutation.slot < permutation.row.size).reshape(own.shape)
         rows = jnp.where(used, rows, 0).astype(jnp.float32) * own
     return _unpermute(*vary_alike(rows, permutation))
+
+
+def _rows(op: str, name: str, x: Any, rows: int) -> Any:
+    """The operand, an array or a `ScaledArray`, if it and its scales have so many rows."""
+    x = ScaledArray(*unpack(op, name, x)) if isinstance(x, (ScaledArray, tuple)) else jnp.asarray(x)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
+    if any(shape[:1] != (rows,) for shape in shapes):
+        found = " with scales ".join(map(str, shapes))
+        raise ValueError(f"{op}: {name} has shape {found}, wanted {rows} rows")
+    return x
 
 
 def vary_alike(*trees: Any) -> Any:

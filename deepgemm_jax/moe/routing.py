@@ -128,12 +128,13 @@ def expert_load(experts: Any, num_experts: int) -> jax.Array:
     return (jnp.asarray(experts).reshape(-1, 1) == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
 
 
-def update_bias(bias: jax.Array, load: jax.Array, rate: float = 1e-3) -> jax.Array:
+def update_bias(bias: Any, load: Any, rate: float = 1e-3) -> jax.Array:
     r"""The router's next bias, which balances experts with no auxiliary loss.
 
     $$b_e \leftarrow b_e + \text{rate} \cdot \text{sign}(\bar n - n_e)$$
 
-    where n is the load of a step, over all devices: what `moe_layer` returns.
+    where n is the load of a step, over all devices: what `moe_layer` returns. Loads are compared in
+    float32; the result has the bias's dtype.
 
     Example:
 
@@ -142,5 +143,5 @@ def update_bias(bias: jax.Array, load: jax.Array, rate: float = 1e-3) -> jax.Arr
         >>> print(update_bias(jnp.zeros(3), jnp.array([6, 2, 4]), rate=0.5))
         [-0.5  0.5  0. ]
     """
-    load = load.astype(bias.dtype)
-    return bias + rate * jnp.sign(load.mean() - load)
+    bias, load = jnp.asarray(bias), jnp.asarray(load).astype(jnp.float32)
+    return bias + rate * jnp.sign(load.mean() - load).astype(bias.dtype)

@@ -146,6 +146,8 @@ def grouped_linear(
     of = _groups(name, x.shape[0], group_sizes, group_offset, w.shape[0])
     products = _products(name, x, recipe, implementation)
     x, w, of = _vary_alike(name, (x, w, of), main_grad)
+    if not of.count:
+        return _of_no_groups(x, w)
     return linear.linear(products, x, w, of, main_grad)
 
 
@@ -219,7 +221,14 @@ def grouped_mlp(
     of = _groups(name, x.shape[0], group_sizes, group_offset, count)
     products = _products(name, x, recipe, implementation)
     operands = _vary_alike(name, (x, weights, of, router_weights), main_grads)
+    if not count:
+        return _of_no_groups(operands[0], w_down)
     return mlp.mlp(products, *operands, main_grads)
+
+
+def _of_no_groups(x: jax.Array, w: jax.Array) -> jax.Array:
+    """The result where there are no matrices: zeros that vary over a mesh as x does."""
+    return compat.vary_alike([jnp.zeros((len(x), w.shape[-1]), x.dtype), x])[0]
 
 
 def _array(

@@ -41,8 +41,15 @@ def _activate(
     if times == "fp8":
         y = swiglu_quantize(h, router_weights, implementation=implementation)
     else:
-        y = reference.swiglu(h, router_weights).astype(jnp.bfloat16)
+        y = reference.swiglu(h, _as_rows(router_weights, h)).astype(jnp.bfloat16)
     return y, per_token_cast_to_fp8(h, implementation=implementation) if kept == "fp8" else h
+
+
+def _as_rows(router_weights: jax.Array | None, h: jax.Array) -> jax.Array | None:
+    """The router's weights, divided as the rows of h are, if mesh axes are part of types."""
+    if router_weights is None:
+        return None
+    return compat.divided_as(router_weights, jax.typeof(jax.eval_shape(lambda h: h.sum(1), h)))
 
 
 def _forward(products, x, weights, of, router_weights, main_grads):
@@ -74,7 +81,7 @@ def _gradients(
     else:
         h = h.dequantize(products.input.dtype) if isinstance(h, ScaledArray) else h
         dy = compat.divided_as(dy, h)
-        d_h, again, terms = reference.swiglu_gradients(h, dy, router_weights)
+        d_h, again, terms = reference.swiglu_gradients(h, dy, _as_rows(router_weights, h))
         _, of_y = products.operands(again.astype(products.input.dtype), of, "bf16", recipe.wgrad)
         operands = *products.operands(d_h.astype(h.dtype), of, recipe.dgrad, recipe.wgrad), of_y
         d_weights = terms.sum(-1)

@@ -109,6 +109,13 @@ def test_lengths_beyond_the_table(platform):
 
 
 @on_each_platform
+def test_lengths_below_zero(platform):
+    (q, cache, weights, lengths, *rest), _ = random_sequences(6, [64, 64], 2, 8, 32, 64, 1, 64)
+    lengths = np.array([-(2**31), -1], np.int32)
+    assert np.isneginf(call((q, cache, weights, lengths, *rest), platform)).all()
+
+
+@on_each_platform
 def test_logits_that_are_not_clean(platform):
     arguments, oracle = random_sequences(4, [10, 150, 0], 1, 8, 32, 64, 3, 256)
     found = np.asarray(call(arguments, platform, clean_logits=False))

@@ -55,6 +55,25 @@ def test_serving(layout):
     assert stats.dropped == 0
 
 
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+def test_what_padding_holds_is_not_seen(recipe):
+    x, params, d = problem(shared=128)
+    valid = np.arange(TOKENS) % 7 != 3
+
+    @jax.jit
+    def run(x, params):
+        def loss(x, params):
+            return (moe_layer(x, params, router, valid=valid, recipe=recipe)[0] * d).sum()
+
+        return jax.value_and_grad(loss, (0, 1))(x, params)
+
+    wanted = run(np.where(valid[:, None], x, 0), params)
+    for padding in (np.nan, 1e30):
+        jax.tree.map(
+            np.testing.assert_array_equal, run(np.where(valid[:, None], x, padding), params), wanted
+        )
+
+
 @pytest.mark.parametrize("served", [False, True])
 def test_no_tokens(served):
     x, params, _ = problem(shared=128)
@@ -118,6 +137,12 @@ def test_what_does_not_fit_is_refused():
         moe_layer(x, more, router)
     with pytest.raises(ValueError, match=r"valid has shape \(3,\), wanted \(48,\)"):
         moe_layer(x, params, router, valid=np.ones(3, bool))
+    with pytest.raises(TypeError, match="valid has dtype int32, wanted bool"):
+        moe_layer(x, params, router, valid=np.full(TOKENS, 2))
+    with pytest.raises(ValueError, match="dispatch_dtype is float8_e5m2, wanted one of float8_e4m"):
+        moe_layer(x, params, router, dispatch_dtype=jnp.float8_e5m2)
+    with pytest.raises(ValueError, match="combine_dtype is int8, wanted one of float8_e4m3fn"):
+        moe_layer(x, params, router, combine_dtype="int8")
     with pytest.raises(ValueError, match="chunks is 0"):
         moe_layer(x, params, router, chunks=0)
     with pytest.raises(ValueError, match="capacity_factor is 0"):

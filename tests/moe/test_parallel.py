@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from moe.cases import BIASES, HIDDEN, TOKENS, dense, error, problem, router, value_and_gradients
+from moe.cases import (
+    BIASES,
+    HIDDEN,
+    TOKENS,
+    TOP_K,
+    dense,
+    error,
+    problem,
+    router,
+    value_and_gradients,
+)
 
 from deepgemm_jax.moe import Axes, MoEParams, moe_layer
 from deepgemm_jax.moe.exchange import FALLBACK
@@ -87,7 +97,7 @@ def test_fp8_on_the_wire_both_ways(mesh):
     with mesh(AxisType.Auto):
         operands = put(x, params, d, valid, axes=TENSOR)
         both = value_and_gradients(
-            sharded(TENSOR, params, strategy="all_to_all", combine_dtype=jnp.float8_e4m3fn)
+            sharded(TENSOR, params, strategy="all_to_all", combine_dtype="float8_e4m3fn")
         )
         lowered = both.lower(*operands)
         (y, _), gradients = lowered.compile()(*operands)
@@ -98,6 +108,20 @@ def test_fp8_on_the_wire_both_ways(mesh):
     row = HIDDEN // 4 + 4
     sent = re.findall(r"all_to_all.* tensor<\d+x(\w+)>\n", lowered.as_text())
     assert sorted(sent) == ["3xf32", *[f"{row}xi32"] * 4, "8xi32"]
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "all_to_all", "ragged_all_to_all"])
+def test_fewer_tokens_than_chunks(mesh, one_device, strategy):
+    """On each device: none, or one."""
+    (x, params, d, valid), ((wanted, _), _) = one_device["as it comes"]
+    with mesh(AxisType.Auto):
+        for tokens in (0, 8):
+            operands = put(x[:tokens], params, d[:tokens], valid[:tokens], axes=FSDP)
+            layer = sharded(FSDP, params, strategy=strategy, recipe="bf16", chunks=3)
+            (y, stats), gradients = value_and_gradients(layer)(*operands)
+            assert error(y, wanted[:tokens]) < 1e-3
+            assert np.isfinite(gradients[1].w_down).all()
+            assert stats.load.sum() == tokens * TOP_K
 
 
 def to_one_expert(logits, bias):

@@ -94,6 +94,36 @@ def test_rows_and_sums(rows, capacity):
             np.testing.assert_allclose(d_weights, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_what_does_not_fit_is_refused():
+    plan = Permutation.of([[0, 1], [1, 0], [0, 0]], 2)
+    with pytest.raises(TypeError, match="Permutation.of: groups has dtype float32, wanted int"):
+        Permutation.of(jnp.zeros((3, 2)), 2)
+    with pytest.raises(ValueError, match=r"Permutation.of: groups has shape \(3,\), wanted \[T, k"):
+        Permutation.of([0, 1, 0], 2)
+    with pytest.raises(ValueError, match=r"permute: x has shape \(2, 8\), wanted 3 rows"):
+        permute(jnp.zeros((2, 8)), plan)
+    x = jnp.zeros((3, 8), jnp.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"\(3, 8\) with scales \(1, 1\), wanted 3 rows"):
+        permute((x, jnp.ones((1, 1))), plan)
+    with pytest.raises(ValueError, match=r"unpermute: rows has shape \(5, 8\), wanted 6 rows"):
+        unpermute(jnp.zeros((5, 8)), plan)
+    with pytest.raises(ValueError, match=r"unpermute: weights has shape \(2, 3\), wanted \(3, 2\)"):
+        unpermute(jnp.zeros((6, 8)), plan, jnp.ones((2, 3)))
+
+
+def test_pairs_and_weights_of_any_dtype():
+    plan = Permutation.of([[0, 1], [1, 0], [0, 0]], 2)
+    pair = jnp.ones((3, 8), jnp.float8_e4m3fn), jnp.array([[1.0], [2.0], [4.0]])
+    rows = permute(pair, plan)
+    weights = jnp.full((3, 2), 0.5, jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        for sums in (
+            unpermute((rows.data, rows.scale), plan, weights),
+            unpermute(rows.dequantize(jnp.bfloat16), plan, weights),
+        ):
+            np.testing.assert_array_equal(sums[:, 0], [1, 2, 4])
+
+
 def test_moves_as_many_bytes_as_there_are_rows():
     """Nothing of tokens × groups × hidden."""
     t, k, g, h = 512, 4, 64, 512

@@ -106,3 +106,11 @@ def test_capacity_load_and_bias():
         np.testing.assert_array_equal(kept.ravel()[places[7:]], -1)
     bias = update_bias(jnp.zeros(5), jnp.asarray(load), rate=0.25)
     np.testing.assert_array_equal(bias, 0.25 * np.sign(load.mean() - load))
+
+
+def test_loads_are_compared_in_float32():
+    """In bfloat16 these would be equal."""
+    bias = update_bias(jnp.zeros(2, jnp.bfloat16), [1000, 1001], rate=0.5)
+    assert bias.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(bias, [0.5, -0.5])
+    np.testing.assert_array_equal(update_bias([0.0, 1.0], np.array([1, 3]), rate=0.5), [0.5, 0.5])

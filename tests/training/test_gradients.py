@@ -152,6 +152,18 @@ def test_no_rows(layer, recipe, platform):
 
 
 @on_each_recipe
+@pytest.mark.parametrize("name", ["grouped_linear", "grouped_mlp"])
+def test_no_groups(name, recipe):
+    *operands, d = narrow(LAYERS[name].problem(7, M, K, N), jnp.bfloat16)
+    operands = [x[:0] if x.ndim == 3 else x for x in operands]
+    sizes = np.zeros(0, np.int32)
+    found = value_and_gradients(LAYERS[name], operands, d, sizes, recipe=recipe)
+    for x, x_found in zip((d, *operands), found, strict=True):
+        assert x_found.shape == x.shape and x_found.dtype == x.dtype
+        assert not np.asarray(x_found).any()
+
+
+@on_each_recipe
 def test_shards_of_the_groups(recipe):
     layer = LAYERS["grouped_mlp"]
     *operands, d = narrow(layer.problem(5, M, K, N), np.float32)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from training.layers import LAYERS, G, relative_error, sizes_of
 
-from deepgemm_jax import fp8_dot, grouped_linear, grouped_mlp
+from deepgemm_jax import Recipe, fp8_dot, grouped_linear, grouped_mlp
 
 M, K, N = 40, 32, 16
 SIZES = sizes_of("tail", M)
@@ -151,22 +151,27 @@ def test_shard_map_over_groups(mesh):
 
 
 @pytest.mark.parametrize(
+    "recipe",
+    ["fp8", "bf16", Recipe(forward="bf16"), Recipe(dgrad="bf16"), Recipe(wgrad="bf16")],
+    ids=["fp8", "bf16", "forward in bf16", "dgrad in bf16", "wgrad in bf16"],
+)
+@pytest.mark.parametrize(
     ("axes", "specs"),
     [
         (AxisType.Auto, (P(), P(None, "x", "y"), P(None, "y", "x"), P())),
-        (AxisType.Explicit, (P("x"), P("y"), P("y"), P("x"))),
+        (AxisType.Explicit, (P("x"), P("y"), P("y"), P("y"))),
     ],
     ids=["Auto", "Explicit"],
 )
-def test_meshes_that_jit_knows(mesh, axes, specs):
+def test_meshes_that_jit_knows(mesh, axes, specs, recipe):
     *operands, d = problem(11)
-    wanted = gradients(*operands, d)
+    wanted = gradients(*operands, d, recipe=recipe)
     with mesh(axes):
         put = [
             jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), spec))
             for x, spec in zip(operands, specs, strict=True)
         ]
-        found = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*put, d)
+        found = gradients(*put, d, recipe=recipe)
         assert_close(found, wanted)
         if axes == AxisType.Explicit:
             for x, dx in zip(put, found, strict=True):
