@@ -50,8 +50,7 @@ class AllGather:
         return x
 
     def send(self, rows):
-        # JAX gathers no dim of length 0.
-        return jax.lax.all_gather(rows, self.axis, tiled=True) if len(rows) else rows
+        return jax.lax.all_gather(rows, self.axis, tiled=True)
 
     def send_back(self, rows):
         return jax.lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
@@ -127,11 +126,8 @@ class RaggedAllToAll:
         """`sizes[i, j]` rows from `source[i, j]` on device i to `target[i, j]` on device j."""
         result = jnp.zeros_like(x, shape=(rows, *x.shape[1:]))
         me = jax.lax.axis_index(self.axis)
-        operands = vary_alike(x, result, source, target, sizes, me)
-        if not (len(x) and rows):
-            return operands[1]
         return jax.lax.platform_dependent(
-            *operands,
+            *vary_alike(x, result, source, target, sizes, me),
             cpu=functools.partial(_ragged_all_to_all_by_gather, axis=self.axis),
             default=functools.partial(_ragged_all_to_all, axis=self.axis),
         )

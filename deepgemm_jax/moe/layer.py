@@ -276,11 +276,13 @@ def moe_layer(
         x = jnp.where(valid[:, None], x, 0)
     if chunks < 1:
         raise ValueError(f"moe_layer: chunks is {chunks}, wanted at least 1")
-    chunks = max(1, min(chunks, len(x)))
     if capacity_factor is not None and capacity_factor <= 0:
         raise ValueError(
             f"moe_layer: capacity_factor is {capacity_factor}, wanted None or more than 0"
         )
+    if not len(x):  # which not every version of XLA:CPU can exchange
+        return x, MoEStats(jnp.zeros(params.router.shape[1], jnp.int32), jnp.zeros((), jnp.int32))
+    chunks = min(chunks, len(x))
     params = axes.gather(params)
     served = isinstance(params.w_down, ScaledArray)
     in_fp8 = served or Recipe.of("moe_layer", recipe).forward == "fp8"
