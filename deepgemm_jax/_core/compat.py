@@ -110,6 +110,14 @@ def platforms(ctx: LoweringContext) -> Sequence[str]:
     return ctx.platforms or ctx.module_context.platforms
 
 
+def each(function: Callable, operands: Any) -> Any:
+    """`jax.lax.map` without a loop of one trip: XLA:CPU's compiler may hang at such a one."""
+    if len(jax.tree.leaves(operands)[0]) != 1:
+        return jax.lax.map(function, operands)
+    result = function(jax.tree.map(lambda x: x[0], operands))
+    return jax.tree.map(lambda x: x[None], result)
+
+
 def lower_fun(function: Callable) -> Callable:
     """The lowering of a traceable function that returns a list."""
     return mlir.lower_fun(function, multiple_results=True)

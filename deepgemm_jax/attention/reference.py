@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core.compat import vary_alike
+from .._core import compat
 
 # Scores of every head are held for so many bytes' worth of queries at a time. One query's are held
 # in any case: 4 · H · T bytes.
@@ -22,11 +22,7 @@ def each_of_batch(q_dims: int) -> Callable[[Callable], Callable]:
         def batched(params, q, *operands):
             if q.ndim == q_dims:
                 return reference(params, q, *operands)
-            if q.shape[0] == 1:
-                # XLA:CPU's compiler may hang at a loop of one trip.
-                results = reference(params, *(x[0] for x in (q, *operands)))
-                return [x[None] for x in results]
-            return jax.lax.map(lambda one: reference(params, *one), (q, *operands))
+            return compat.each(lambda one: reference(params, *one), (q, *operands))
 
         return batched
 
@@ -142,7 +138,7 @@ def mqa_logits_backward_kv(params, q, kv, weights, start, end, gradient):
 
     rows = min(max(1, _rows_at_once(q, kv)), max(1, q.shape[0]))
     # Varies over a mesh as the sum does.
-    zero, _ = vary_alike([jnp.zeros_like(kv), q])
+    zero, _ = compat.vary_alike([jnp.zeros_like(kv), q])
     return [jax.lax.scan(add, zero, _chunks(rows, (q, weights, start, end, gradient)))[0]]
 
 
@@ -170,7 +166,7 @@ def fp8_paged_mqa_logits(params, q, cache, weights, context_lens, block_table):
         return jax.lax.dynamic_update_slice_in_dim(logits, values, number * block_kv, axis=2)
 
     # Varies over a mesh as the loop's results do.
-    logits, _ = vary_alike(
+    logits, _ = compat.vary_alike(
         [jnp.full((batch, next_n, pages * block_kv), -jnp.inf, jnp.float32), lengths]
     )
     longest = lengths.max(initial=0)

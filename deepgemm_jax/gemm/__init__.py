@@ -30,8 +30,6 @@ __all__ = [
 
 Scaled = ScaledArray | tuple[Any, Any]
 
-FP8 = "float8_e4m3fn|float8_e5m2"
-
 FP8_OPS: dict[str, Op] = {
     "blocks": op.fp8_gemm_nt,
     "channels": op.fp8_gemm_nt_1d1d,
@@ -368,8 +366,8 @@ def _fp8(
     Signature(
         name,
         {
-            "a.data": f"{FP8}[{'k m' if a_turned else 'm k'}]",
-            "b.data": f"{FP8}[{'k n' if b_turned else 'n k'}]",
+            "a.data": f"{op.FP8}[{'k m' if a_turned else 'm k'}]",
+            "b.data": f"{op.FP8}[{'k n' if b_turned else 'n k'}]",
             "c?": "preferred_element_type[m n]",
         },
         {},
@@ -405,9 +403,9 @@ def _bf16(layout, a, b, c, preferred_element_type, config, implementation) -> ja
 
 def _params(name, preferred_element_type, config, implementation) -> op.GemmParams:
     check_implementation(name, implementation)
-    dtype = jnp.dtype(jnp.bfloat16 if preferred_element_type is None else preferred_element_type)
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"{name}: preferred_element_type is {dtype}, wanted bfloat16 or float32")
+    dtype = op.out_dtype(
+        name, jnp.bfloat16 if preferred_element_type is None else preferred_element_type
+    )
     if not isinstance(config, AnyConfig | None):
         raise ValueError(f"{name}: config is {config!r}, wanted None or one that explain shows")
     return op.GemmParams(implementation, dtype, config)

@@ -165,12 +165,21 @@ QUANTISED = f"its operands are quantised. Stop their gradient, or wrap the call 
 PLAIN = "use jax.numpy.matmul, or wrap the call in jax.custom_vjp with gradients that are its kin"
 
 
+FP8 = "float8_e4m3fn|float8_e5m2"
+
+
+def out_dtype(name: str, preferred_element_type: Any) -> np.dtype:
+    dtype = jnp.dtype(preferred_element_type)
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"{name}: preferred_element_type is {dtype}, wanted bfloat16 or float32")
+    return dtype
+
+
 def _fp8(name: str, a_scale: str, b_scale: str, scales: str) -> Op:
-    fp8 = "float8_e4m3fn|float8_e5m2"
     return _gemm(
         name,
-        {"a.data": f"{fp8}[m k]", "a.scale": f"float32[{a_scale}]"},
-        {"b.data": f"{fp8}[n k]", "b.scale": f"float32[{b_scale}]"},
+        {"a.data": f"{FP8}[m k]", "a.scale": f"float32[{a_scale}]"},
+        {"b.data": f"{FP8}[n k]", "b.scale": f"float32[{b_scale}]"},
         Form(scales),
         {"n": (16, 1), "k": (16, 16)},
         QUANTISED,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core import sums
+from ..gemm.op import out_dtype
 from ..scaled import ScaledArray, unpack
 from . import groups, op
 from .ragged import ragged_dot, ragged_dot_general
@@ -104,7 +105,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         (5, 16) [64 64 64 32 0]
     """
     return _m_grouped_fp8(
-        op.m_grouped_fp8_gemm_nt_contiguous,
+        "nt",
         a,
         b,
         (m_indices, group_sizes, group_offsets),
@@ -151,7 +152,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
         (4, 16) [128 0 128 0]
     """
     return _m_grouped_fp8(
-        op.m_grouped_fp8_gemm_nn_contiguous,
+        "nn",
         a,
         b,
         (m_indices, group_sizes, group_offsets),
@@ -307,7 +308,7 @@ def m_grouped_fp8_gemm_nt_masked(
         (2, 3, 16) [128 0 0]
     """
     name = "m_grouped_fp8_gemm_nt_masked"
-    dtype = _out_dtype(name, preferred_element_type)
+    dtype = out_dtype(name, preferred_element_type)
     scales, operands = op.by_recipe(name, unpack(name, "a", a), unpack(name, "b", b), recipe)
     return _masked(
         op.m_grouped_fp8_gemm_nt_masked[scales],
@@ -360,7 +361,7 @@ def m_grouped_bf16_gemm_nt_masked(
         zero_fill,
         op.MaskedParams(
             implementation,
-            _out_dtype("m_grouped_bf16_gemm_nt_masked", preferred_element_type),
+            out_dtype("m_grouped_bf16_gemm_nt_masked", preferred_element_type),
             expected_m=expected_m,
         ),
     )
@@ -434,7 +435,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
         0,
         c,
         (group_sizes, group_offsets),
-        op.GroupedParams(implementation, _out_dtype(name, preferred_element_type)),
+        op.GroupedParams(implementation, out_dtype(name, preferred_element_type)),
     )
 
 
@@ -477,7 +478,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
         1,
         c,
         (group_sizes, group_offsets),
-        op.GroupedParams(implementation, _out_dtype(name, preferred_element_type)),
+        op.GroupedParams(implementation, out_dtype(name, preferred_element_type)),
     )
 
 
@@ -520,7 +521,7 @@ def k_grouped_bf16_gemm_tn_contiguous(
         0,
         c,
         (group_sizes, group_offsets),
-        op.PlainParams(implementation, _out_dtype(name, preferred_element_type)),
+        op.PlainParams(implementation, out_dtype(name, preferred_element_type)),
     )
 
 
@@ -563,26 +564,20 @@ def k_grouped_bf16_gemm_nt_contiguous(
         1,
         c,
         (group_sizes, group_offsets),
-        op.PlainParams(implementation, _out_dtype(name, preferred_element_type)),
+        op.PlainParams(implementation, out_dtype(name, preferred_element_type)),
     )
 
 
-def _out_dtype(name: str, preferred_element_type: Any) -> jnp.dtype:
-    dtype = jnp.dtype(preferred_element_type)
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"{name}: preferred_element_type is {dtype}, wanted bfloat16 or float32")
-    return dtype
-
-
-def _m_grouped_fp8(by_scales, a, b, rows_of_groups, preferred_element_type, recipe, implementation):
-    name = by_scales["blocks"].name
-    params = op.GroupedParams(implementation, _out_dtype(name, preferred_element_type))
-    scales, operands = op.by_recipe(name, unpack(name, "a", a), unpack(name, "b", b), recipe)
-    return _m_grouped(by_scales[scales], operands, operands[2], rows_of_groups, params)
+def _m_grouped_fp8(layout, a, b, rows_of_groups, preferred_element_type, recipe, implementation):
+    name = f"m_grouped_fp8_gemm_{layout}_contiguous"
+    params = op.GroupedParams(implementation, out_dtype(name, preferred_element_type))
+    pairs = unpack(name, "a", a), unpack(name, "b", b)
+    scales, operands = op.by_recipe(name, *pairs, recipe, b_mn_major=layout == "nn")
+    return _m_grouped(getattr(op, name)[scales], operands, operands[2], rows_of_groups, params)
 
 
 def _m_grouped_bf16(which, a, b, rows_of_groups, preferred_element_type, implementation):
-    params = op.PlainParams(implementation, _out_dtype(which.name, preferred_element_type))
+    params = op.PlainParams(implementation, out_dtype(which.name, preferred_element_type))
     operands = [jnp.asarray(a), jnp.asarray(b)]
     return _m_grouped(which, operands, operands[1], rows_of_groups, params)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from .._core.op import Op, Params
 from ..gemm.layouts import transposed
-from ..gemm.op import Form
+from ..gemm.op import FP8, Form
 from ..gemm.recipes import Pair, of_rows, scales_of
 from . import groups, reference
 
@@ -146,8 +146,7 @@ def _masked(name: str, a: dict, b: dict, how: dict, derivative: str, limits=None
 
 
 def _fp8(name: str, data: str, scale: str) -> dict[str, str]:
-    fp8 = "float8_e4m3fn|float8_e5m2"
-    return {f"{name}.data": f"{fp8}[{data}]", f"{name}.scale": f"float32[{scale}]"}
+    return {f"{name}.data": f"{FP8}[{data}]", f"{name}.scale": f"float32[{scale}]"}
 
 
 LIMITS = {"n": (16, 1), "k": (16, 16)}
@@ -188,11 +187,15 @@ SCALES = {
 
 
 def by_recipe(
-    name: str, a: Pair, b: Pair, recipe: Sequence[int] | None = None
+    name: str,
+    a: Pair,
+    b: Pair,
+    recipe: Sequence[int] | None = None,
+    *,
+    b_mn_major: bool = False,
 ) -> tuple[str, list[jax.Array]]:
     """Which of these scales the operands have, and data and scales as an op of such takes them."""
     (a_data, a_scale), (b_data, b_scale) = a, b
-    b_mn_major = "_nn_" in name
     scales = scales_of(name, a, b, recipe, b_mn_major=b_mn_major)
     if scales == "rows":
         n = b_data.shape[-1 if b_mn_major else -2]

@@ -376,14 +376,14 @@ def _scaled_call(dims: _Dims, lhs: ScaledArray, rhs: ScaledArray) -> tuple[Calla
     contract: tuple = dims.l_contract, dims.r_contract
     m, n, k = lhs.shape[dims.l_kept[0]], rhs.shape[dims.r_kept[0]], lhs.shape[dims.l_contract[0]]
     if dims.group == (0,) and dims.ragged == 0 and n >= 16 and k and k % 16 == 0:
-        by_scales = {
-            ((1,), (1,)): op.m_grouped_fp8_gemm_nn_contiguous,
-            ((1,), (2,)): op.m_grouped_fp8_gemm_nt_contiguous,
-        }.get(contract)
+        by_scales, b_mn_major = {
+            ((1,), (1,)): (op.m_grouped_fp8_gemm_nn_contiguous, True),
+            ((1,), (2,)): (op.m_grouped_fp8_gemm_nt_contiguous, False),
+        }.get(contract, (None, False))
         if by_scales is None:
             return None
         try:
-            scales, operands = op.by_recipe(by_scales["blocks"].name, *pairs)
+            scales, operands = op.by_recipe("ragged_dot", *pairs, b_mn_major=b_mn_major)
         except ValueError:
             return None
         return by_scales[scales].in_order, operands

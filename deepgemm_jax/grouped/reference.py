@@ -37,14 +37,6 @@ def _dot(x, y, axes, precision, dtype):
     return jax.lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), precision=precision)
 
 
-def _each(function: Callable, operands: Any) -> Any:
-    """`jax.lax.map` without a loop of one trip: XLA:CPU's compiler may hang at such a one."""
-    if len(jax.tree.leaves(operands)[0]) != 1:
-        return jax.lax.map(function, operands)
-    result = function(jax.tree.map(lambda x: x[0], operands))
-    return jax.tree.map(lambda x: x[None], result)
-
-
 def _one_or_batch(function: Callable) -> Callable:
     """A reference for one problem made one for a batch of them too, as the first operand says."""
 
@@ -52,7 +44,7 @@ def _one_or_batch(function: Callable) -> Callable:
     def either(params, *operands, **layout):
         if operands[0].ndim == 2:
             return function(params, *operands, **layout)
-        return _each(lambda xs: function(params, *xs, **layout), operands)
+        return compat.each(lambda xs: function(params, *xs, **layout), operands)
 
     return either
 
@@ -80,7 +72,7 @@ def _rows_by_tile(params: Any, ids: jax.Array, groups: int, n: int, product: Cal
         return product(jnp.take(order, row, mode="clip"), group)
 
     most_tiles = (m + min(groups, m) * (tile - 1)) // tile
-    d = _each(one, jnp.arange(most_tiles, dtype=jnp.int32)).reshape(-1, n)
+    d = compat.each(one, jnp.arange(most_tiles, dtype=jnp.int32)).reshape(-1, n)
     rank = jnp.zeros(m, jnp.int32).at[order].set(jnp.arange(m, dtype=jnp.int32))
     place = (first_tile * tile - first_row)[key] + rank
     d = jnp.take(d, place, axis=0, mode="clip")
@@ -117,7 +109,7 @@ def fp8_masked(params, a, a_scale, b, b_scale, masked_m, *, scales):
 
 def masked(params, a, b, masked_m):
     dtype = params.preferred_element_type
-    return [_each(lambda ab: _dot(ab[0], ab[1], (1, 1), None, dtype).astype(dtype), (a, b))]
+    return [compat.each(lambda ab: _dot(ab[0], ab[1], (1, 1), None, dtype).astype(dtype), (a, b))]
 
 
 def _sum_by_tile(
