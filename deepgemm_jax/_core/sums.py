@@ -4,14 +4,19 @@ import jax
 import jax.numpy as jnp
 
 
-def ends(sizes: jax.Array, most: int) -> jax.Array:
-    """Running sums along the last axis of int32 from 0 to `most` < 2³⁰, cut at `most`."""
+def spans(sizes: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """Sums along the last axis before each of these sizes, and with it, both cut at `most`.
+
+    The sizes are int32 from 0 to `most` < 2³⁰.
+    """
     axis = sizes.ndim - 1
     if sizes.shape[axis] * most < 2**31:
-        return jnp.minimum(jax.lax.cumsum(sizes, axis), most)
+        ends = jax.lax.cumsum(sizes, axis)
+        return jnp.minimum(ends - sizes, most), jnp.minimum(ends, most)
     # All together may not fit. Where each step is cut, no later one does harm; but XLA fuses the
     # steps to code that grows with each, which takes it seconds.
-    return jax.lax.associative_scan(lambda x, y: jnp.minimum(x + y, most), sizes, axis=axis)
+    ends = jax.lax.associative_scan(lambda x, y: jnp.minimum(x + y, most), sizes, axis=axis)
+    return jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis), ends
 
 
 def rank(values: jax.Array, x: jax.Array) -> jax.Array:

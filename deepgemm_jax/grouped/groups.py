@@ -31,8 +31,7 @@ def spans(sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     A negative size counts as 0. Where the sizes add up to more than there are rows, the groups end
     with the rows.
     """
-    ends = sums.ends(sums.clamp(sizes, rows), rows)
-    return jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], -1), ends
+    return sums.spans(sums.clamp(sizes, rows), rows)
 
 
 def spans_of_offsets(offsets: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:

@@ -96,13 +96,12 @@ def per_block_cast_both_ways(params, x):
 
 def rows_of_groups(sizes: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
     """The first row of each group, and its number of rows: no group reaches past the last of M."""
-    ends = sums.ends(jnp.clip(sizes, 0, m), m)
-    sizes = jnp.diff(ends, prepend=0)
-    return ends - sizes, sizes
+    starts, ends = sums.spans(jnp.clip(sizes, 0, m), m)
+    return starts, ends - starts
 
 
 def fill_up(sizes: jax.Array) -> jax.Array:
-    return (sizes + BLOCK - 1) // BLOCK * BLOCK
+    return (sizes + BLOCK - 1) & -BLOCK
 
 
 def quantize_transpose_grouped(params, x, sizes):

@@ -271,7 +271,7 @@ def _products(
 def _groups(name: str, rows: int, group_sizes: Any, group_offset: Any, count: int) -> Groups:
     wanted = (count,) if group_offset is None else None
     sizes = compat.whole(groups.integers(name, "group_sizes", group_sizes, wanted))
-    first = groups.offset(name, 0 if group_offset is None else group_offset)
+    first = None if group_offset is None else groups.offset(name, group_offset)
     groups.check_shard(name, "the weight", count, len(sizes))
     groups.report_sizes(name, sizes, rows)
     return Groups(sums.clamp(sizes, rows), first, count)

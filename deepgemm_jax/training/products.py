@@ -37,13 +37,15 @@ class Groups:
     """Which rows are whose in a grouped layer."""
 
     sizes: jax.Array  # int32 [T], of all groups
-    first: jax.Array  # int32 [], the group of the first matrix
+    first: jax.Array | None  # int32 [], the group of the first matrix; None if each has one
     count: int = dataclasses.field(metadata={"static": True})  # of matrices
 
-    def offsets(self, sizes: jax.Array, rows: int) -> jax.Array:
-        """First row of each group that there is a matrix for, and the last one's end."""
+    def told(self, sizes: jax.Array, rows: int) -> dict[str, jax.Array]:
+        """How a grouped product is told which rows are whose, if the groups have these sizes."""
+        if self.first is None:
+            return {"group_sizes": sizes}
         starts, ends = groups.shard(*groups.spans(sizes, rows), rows, self.first, self.count)
-        return jnp.concatenate([starts[:1], ends])
+        return {"group_offsets": jnp.concatenate([starts[:1], ends])}
 
 
 class Summed(NamedTuple):
@@ -91,7 +93,7 @@ class Products:
             "implementation": self.implementation,
         }
         if of is not None:
-            options["group_offsets"] = of.offsets(of.sizes, x.shape[0])
+            options |= of.told(of.sizes, x.shape[0])
         if isinstance(x, ScaledArray):
             product = fp8_gemm_1d2d if of is None else m_grouped_fp8_gemm_nt_contiguous
             return product(x, self.narrow_weight(w, transposed), **options)
@@ -138,7 +140,7 @@ class Products:
             product = fp8_gemm_1d1d if scaled else bf16_gemm_tn
         else:
             rows = x.operand.shape[1 if scaled else 0]
-            options["group_offsets"] = of.offsets(dy.sizes, rows)
+            options |= of.told(dy.sizes, rows)
             product = (
                 k_grouped_fp8_gemm_nt_contiguous if scaled else k_grouped_bf16_gemm_tn_contiguous
             )
