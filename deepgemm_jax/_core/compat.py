@@ -84,11 +84,34 @@ def divided_as(x: jax.Array, like: Any) -> jax.Array:
     return _divided(x, _type(like).sharding)
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """x with all of its last axis on each device, if the mesh's axes are part of its type."""
-    sharding = _type(x).sharding
-    spec = (*sharding.spec[:-1], None)[: x.ndim]
-    return _divided(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+def rows_divided_as(x: jax.Array, like: Any) -> jax.Array:
+    """x, of as many rows as another array, with these divided as the other's, and nothing else."""
+    return divided(x, typed_mesh(like), PartitionSpec(axes_of(like, 0) or None))
+
+
+def whole(x: jax.Array, last: int = 1) -> jax.Array:
+    """x with all of its last axes on each device, if the mesh's axes are part of its type."""
+    spec = _type(x).sharding.spec
+    kept = max(0, x.ndim - last)
+    return divided(x, typed_mesh(x), PartitionSpec(*spec[:kept]))
+
+
+def typed_mesh(x: Any) -> AbstractMesh:
+    """The mesh that an array or its type is on: an empty one for none."""
+    return _type(x).sharding.mesh
+
+
+def axes_of(x: Any, dim: int) -> tuple[str, ...]:
+    """The mesh axes along which a dim of an array is divided, if they are part of its type."""
+    entry = _type(x).sharding.spec[dim]
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def divided(x: jax.Array, mesh: AbstractMesh, spec: PartitionSpec) -> jax.Array:
+    """x, divided so along axes of the mesh, if they are part of types."""
+    # Not where it is so already: it would gather along what axes are not Explicit.
+    spec = PartitionSpec(*spec, *[None] * (x.ndim - len(spec)))
+    return _divided(x, NamedSharding(mesh, spec))
 
 
 def partitioned(ctx: LoweringContext, mesh: AbstractMesh) -> bool:

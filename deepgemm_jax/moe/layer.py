@@ -201,7 +201,9 @@ def moe_layer(
     \text{MLP}(x) = (\text{silu}(x W^{gate}) \cdot x W^{up}) W^{down}$$
 
     On a mesh it is called within `jax.shard_map`, on each device's tokens and weights, with `axes`
-    naming the mesh axes. How tokens get to the experts' devices is the strategy:
+    naming the mesh axes. Arrays that Explicit axes divide need no `shard_map`: the layer has one of
+    its own, along `axes` or, without, along those that divide tokens, experts and each expert's I.
+    How tokens get to the experts' devices is the strategy:
 
     - `"all_gather"`: each device gathers all tokens and computes what its experts make of them.
       Needs no capacity; bytes grow with the number of shards, so it is for few.
@@ -220,8 +222,8 @@ def moe_layer(
       valid: None, or booleans [T]: which tokens count. The others are padding: they go to no
         expert and come back zero, as do their gradients, whatever they hold, NaN too.
       strategy: None where each device has all experts; or how tokens get to them: for all of the
-        expert axes, or for each of them.
-      axes: the mesh axes; not needed on one device.
+        expert axes, or for each of them. Without `axes` it is "all_gather" if it is None.
+      axes: the mesh axes; not needed on one device, nor for arrays that Explicit axes divide.
       capacity_factor: None for room for the worst case, where nothing is dropped; or how much room
         there is as a multiple of what tokens spread evenly would need. It bounds memory. A choice
         that finds none adds nothing to its token, and is counted.
@@ -242,9 +244,9 @@ def moe_layer(
       y, [T, H] of x's dtype; and the `MoEStats`, the same on all devices.
 
     Raises:
-      ValueError: a strategy, layout or axes that there are not; weights that do not fit them; a
-        `valid` of another length; no chunks or no capacity; a `dispatch_dtype` or `combine_dtype`
-        that is none of the above.
+      ValueError: a strategy, layout or axes that there are not; weights that do not fit them, or
+        tokens that Explicit axes do not divide; a `valid` of another length; no chunks or no
+        capacity; a `dispatch_dtype` or `combine_dtype` that is none of the above.
       TypeError: a `valid` that is not boolean.
       NotImplementedError: ragged_all_to_all where XLA would refuse.
 
@@ -259,31 +261,27 @@ def moe_layer(
         >>> print(y.shape, stats.load.sum(), stats.dropped)
         (6, 128) 12 0
     """
-    axes = axes or Axes()
+    x = jnp.asarray(x)
+    if axes is None:
+        axes = _axes_of(x, params)
+        strategy = strategy or ("all_gather" if axes.expert else None)
     strategies = _strategies(strategy, axes)
     if layout not in LAYOUTS:
         raise ValueError(
             f"moe_layer: layout is {layout!r}, wanted {' or '.join(map(repr, LAYOUTS))}"
         )
-    x = jnp.asarray(x)
     if valid is not None:
         valid = jnp.asarray(valid)
         if valid.dtype != bool:
             raise TypeError(f"moe_layer: valid has dtype {valid.dtype}, wanted bool")
         if valid.shape != x.shape[:1]:
             raise ValueError(f"moe_layer: valid has shape {valid.shape}, wanted {x.shape[:1]}")
-        # Padding would get into the gradients of weights, by NaN or by scales that tokens share.
-        x = jnp.where(valid[:, None], x, 0)
     if chunks < 1:
         raise ValueError(f"moe_layer: chunks is {chunks}, wanted at least 1")
     if capacity_factor is not None and capacity_factor <= 0:
         raise ValueError(
             f"moe_layer: capacity_factor is {capacity_factor}, wanted None or more than 0"
         )
-    if not len(x):  # which not every version of XLA:CPU can exchange
-        return x, MoEStats(jnp.zeros(params.router.shape[1], jnp.int32), jnp.zeros((), jnp.int32))
-    chunks = min(chunks, len(x))
-    params = axes.gather(params)
     served = isinstance(params.w_down, ScaledArray)
     in_fp8 = served or Recipe.of("moe_layer", recipe).forward == "fp8"
     wire = Wire(
@@ -291,22 +289,27 @@ def moe_layer(
         _wire_dtype("combine_dtype", combine_dtype, x.dtype),
         implementation,
     )
-    call = _Call(strategies, axes, capacity_factor, wire, layout, recipe, implementation)
-    parts = [
-        call.experts_of(part, params, *_choose(router, params, part, counts))
-        for part, counts in zip(_parts(x, chunks), _parts(valid, chunks), strict=True)
-    ]
-    out = jnp.concatenate([y for y, _ in parts])
-    stats = jax.tree.map(lambda *each: sum(each), *(stats for _, stats in parts))
-    if params.shared_down is not None:
-        out += call.shared_expert(x, params)
-    if axes.tensor:
-        out = jax.lax.psum(out, axes.tensor)
-    if valid is not None:
-        out = jnp.where(valid[:, None], out, 0)
-    if axes.of_tokens:
-        stats = jax.lax.psum(stats, axes.of_tokens)
-    return out.astype(x.dtype), stats
+    call = _Call(
+        router, strategies, axes, capacity_factor, wire, layout, chunks, recipe, implementation
+    )
+    # Else this is within a shard_map already.
+    for mesh in map(compat.typed_mesh, jax.tree.leaves((x, params))):
+        explicit = compat.explicit_axes(mesh)
+        if explicit and explicit.issuperset({*axes.of_tokens, axes.tensor} - {None}):
+            return call.over_types(mesh, x, params, valid)
+    return call(x, params, valid)
+
+
+def _axes_of(x: jax.Array, params: MoEParams) -> Axes:
+    """As mesh axes that are part of types divide tokens, experts and each expert's I."""
+    w_down = jax.tree.leaves(params.w_down)[-1]  # if scaled, the scales: data can be divided more
+    tokens, experts = compat.axes_of(x, 0), compat.axes_of(w_down, 0)
+    inner = compat.axes_of(w_down, 2 if isinstance(params.w_down, ScaledArray) else 1)
+    return Axes(
+        expert=experts or None,
+        tokens=tuple(axis for axis in tokens if axis not in experts),
+        tensor=inner[0] if len(inner) == 1 and inner[0] not in tokens else None,
+    )
 
 
 def _strategies(strategy: str | Sequence[str] | None, axes: Axes) -> Sequence[str]:
@@ -357,13 +360,70 @@ def _choose(
 class _Call:
     """What is static of a call."""
 
+    router: Router
     strategies: Sequence[str]
     axes: Axes
     capacity_factor: float | None
     wire: Wire
     layout: str
+    chunks: int
     recipe: Any
     implementation: str | None
+
+    def over_types(
+        self, mesh: Any, x: jax.Array, params: MoEParams, valid: jax.Array | None
+    ) -> tuple[jax.Array, MoEStats]:
+        """The layer of arrays whose types are divided along axes of the mesh."""
+        axes, tokens = self.axes, self.axes.token_spec()
+        parts = math.prod(mesh.shape[axis] for axis in axes.of_tokens)
+        if len(x) % parts:
+            raise ValueError(
+                f"moe_layer: {len(x)} tokens cannot be divided by {parts} along the mesh axes "
+                f"{axes.of_tokens}: pad them, and let valid say which count"
+            )
+        specs = tokens, axes.param_specs(params), None if valid is None else tokens
+        layer = jax.shard_map(
+            self,
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=(tokens, PartitionSpec()),
+            axis_names=compat.explicit_axes(mesh),
+        )
+        operands = jax.tree.map(
+            lambda leaf, spec: compat.divided(jnp.asarray(leaf), mesh, spec),
+            (x, params, valid),
+            specs,
+        )
+        y, stats = layer(*operands)
+        return compat.divided_as(y, x), stats
+
+    def __call__(
+        self, x: jax.Array, params: MoEParams, valid: jax.Array | None
+    ) -> tuple[jax.Array, MoEStats]:
+        """The layer of one device's tokens and weights."""
+        if valid is not None:
+            # Padding would get into weights' gradients, by NaN or by scales that tokens share.
+            x = jnp.where(valid[:, None], x, 0)
+        if not len(x):  # which not every version of XLA:CPU can exchange
+            load = jnp.zeros(params.router.shape[1], jnp.int32)
+            return x, MoEStats(load, jnp.zeros((), jnp.int32))
+        chunks = min(self.chunks, len(x))
+        params = self.axes.gather(params)
+        parts = [
+            self.experts_of(part, params, *_choose(self.router, params, part, counts))
+            for part, counts in zip(_parts(x, chunks), _parts(valid, chunks), strict=True)
+        ]
+        out = jnp.concatenate([y for y, _ in parts])
+        stats = jax.tree.map(lambda *each: sum(each), *(stats for _, stats in parts))
+        if params.shared_down is not None:
+            out += self.shared_expert(x, params)
+        if self.axes.tensor:
+            out = jax.lax.psum(out, self.axes.tensor)
+        if valid is not None:
+            out = jnp.where(valid[:, None], out, 0)
+        if self.axes.of_tokens:
+            stats = jax.lax.psum(stats, self.axes.of_tokens)
+        return out.astype(x.dtype), stats
 
     def experts_of(
         self, x: Any, params: MoEParams, experts: jax.Array, weights: jax.Array

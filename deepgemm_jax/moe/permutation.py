@@ -24,6 +24,10 @@ class Permutation:
       row: int32 [T, k], the row of each slot; the number of rows for a slot that has none.
       slot: int32 [R], the slot t k + j of each row; T k for a row that is none's.
       group_sizes: int32 [G], the rows of each group.
+
+    Where a mesh's axes are Explicit, a row may come from anywhere: rows are whole on each device,
+    and tokens are gathered for them. `row` is divided as the groups it is made of, and so are the
+    sums that `unpermute` makes.
     """
 
     row: jax.Array
@@ -60,6 +64,7 @@ class Permutation:
             raise TypeError(f"Permutation.of: groups has dtype {groups.dtype}, wanted integers")
         if groups.ndim != 2:
             raise ValueError(f"Permutation.of: groups has shape {groups.shape}, wanted [T, k]")
+        groups = compat.whole(groups)
         slots = groups.size
         if capacity is not None:
             rows = num_groups * capacity
@@ -67,7 +72,7 @@ class Permutation:
         key = jnp.where((groups >= 0) & (groups < num_groups), groups, num_groups)
         key = key.reshape(-1).astype(jnp.int32)
         place = jnp.arange(slots, dtype=jnp.int32)
-        key, order = jax.lax.sort(vary_alike(key, place), num_keys=1)
+        key, order = jax.lax.sort(_whole(key, place), num_keys=1)
         ends = (key < jnp.arange(1, num_groups + 1)[:, None]).sum(1, dtype=jnp.int32)
         starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
         if capacity is None:
@@ -78,15 +83,16 @@ class Permutation:
             rank = place - jnp.take(starts, key, mode="clip")
             row = jnp.where((key < num_groups) & (rank < capacity), key * capacity + rank, rows)
         empty = jnp.full_like(key, slots, shape=rows)
+        row_of = jnp.zeros_like(row).at[order].set(row, unique_indices=True)
         return cls(
-            jnp.zeros_like(row).at[order].set(row, unique_indices=True).reshape(groups.shape),
+            compat.divided_as(row_of.reshape(groups.shape), groups),
             empty.at[row].set(order, mode="drop"),
             group_sizes,
         )
 
     def of_slots(self) -> "Permutation":
         """The same, of T k tokens that have a slot each."""
-        return dataclasses.replace(self, row=self.row.reshape(-1, 1))
+        return dataclasses.replace(self, row=self.row.reshape(-1)[:, None])
 
 
 compat.register_serialization(Permutation)
@@ -116,12 +122,12 @@ def permute(x: Any, permutation: Permutation) -> Any:
         >>> print(rows[:, 0], unpermute(rows, plan)[:, 0])
         [1. 2. 2. 1. 3. 0.] [2. 4. 3.]
     """
-    x = _rows("permute", "x", x, permutation.row.shape[0])
+    x, permutation = _whole(_rows("permute", "x", x, permutation.row.shape[0]), permutation)
     if isinstance(x, ScaledArray):
         return jax.tree.map(lambda leaf: _gather(leaf, permutation), x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return _gather(x, permutation)
-    return _permute(*vary_alike(x, permutation))
+    return _permute(x, permutation)
 
 
 def unpermute(rows: Any, permutation: Permutation, weights: Any = None) -> jax.Array:
@@ -150,15 +156,19 @@ def unpermute(rows: Any, permutation: Permutation, weights: Any = None) -> jax.A
             raise ValueError(
                 f"unpermute: weights has shape {weights.shape}, wanted {permutation.row.shape}"
             )
+    of_tokens = permutation.row
+    rows, permutation, weights = _whole(rows, permutation, weights)
     if isinstance(rows, ScaledArray):
-        return _sum(rows, permutation, weights)
-    if weights is not None:
-        # Of weights that are rows' own, both gradients are products of what rows have.
-        own = permute(weights.astype(jnp.float32).reshape(-1), permutation.of_slots())
-        own = own.reshape(-1, *[1] * (rows.ndim - 1))
-        used = (permutation.slot < permutation.row.size).reshape(own.shape)
-        rows = jnp.where(used, rows, 0).astype(jnp.float32) * own
-    return _unpermute(*vary_alike(rows, permutation))
+        y = _sum(rows, permutation, weights)
+    else:
+        if weights is not None:
+            # Of weights that are rows' own, both gradients are products of what rows have.
+            own = permute(weights.astype(jnp.float32).reshape(-1), permutation.of_slots())
+            own = own.reshape(-1, *[1] * (rows.ndim - 1))
+            used = (permutation.slot < permutation.row.size).reshape(own.shape)
+            rows = jnp.where(used, rows, 0).astype(jnp.float32) * own
+        y = _unpermute(rows, permutation)
+    return compat.rows_divided_as(y, of_tokens)
 
 
 def _rows(op: str, name: str, x: Any, rows: int) -> Any:
@@ -175,6 +185,11 @@ def vary_alike(*trees: Any) -> Any:
     """The same, cast to vary along each mesh axis that any leaf varies along."""
     leaves, tree = jax.tree.flatten(trees)
     return jax.tree.unflatten(tree, compat.vary_alike(leaves))
+
+
+def _whole(*trees: Any) -> Any:
+    """These, and all of each on every device if mesh axes are part of types: a row is anywhere."""
+    return jax.tree.map(lambda leaf: compat.whole(leaf, leaf.ndim), vary_alike(*trees))
 
 
 def _gather(x: jax.Array, permutation: Permutation) -> jax.Array:

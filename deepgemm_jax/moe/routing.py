@@ -125,7 +125,8 @@ def expert_load(experts: Any, num_experts: int) -> jax.Array:
         [1 1 3 0]
     """
     # Compared and added up in one kernel, which is faster than adding one by one in memory.
-    return (jnp.asarray(experts).reshape(-1, 1) == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    chosen = jnp.asarray(experts)[..., None] == jnp.arange(num_experts)
+    return chosen.sum(range(chosen.ndim - 1), dtype=jnp.int32)
 
 
 def update_bias(bias: Any, load: Any, rate: float = 1e-3) -> jax.Array:

@@ -47,9 +47,7 @@ def _activate(
 
 def _as_rows(router_weights: jax.Array | None, h: jax.Array) -> jax.Array | None:
     """The router's weights, divided as the rows of h are, if mesh axes are part of types."""
-    if router_weights is None:
-        return None
-    return compat.divided_as(router_weights, jax.typeof(jax.eval_shape(lambda h: h.sum(1), h)))
+    return None if router_weights is None else compat.rows_divided_as(router_weights, h)
 
 
 def _forward(products, x, weights, of, router_weights, main_grads):

@@ -90,6 +90,43 @@ def test_result_and_gradients(mesh, one_device, strategy, axes, kind, chunks):
             assert stats.dropped == 0
 
 
+EXPLICIT = (AxisType.Explicit,)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "tokens", "axes", "options"),
+    [
+        (EXPLICIT, "x", Axes(), {}),
+        (EXPLICIT, None, MACHINES, {"strategy": ("all_to_all", "all_gather")}),
+        (EXPLICIT, ("x", "y"), TENSOR, {}),
+        (EXPLICIT, "x", FSDP, {"axes": FSDP, "strategy": "all_to_all"}),
+        ((AxisType.Auto, AxisType.Explicit), "y", Axes(expert="y"), {}),
+    ],
+)
+def test_arrays_that_explicit_axes_divide(mesh, one_device, kinds, tokens, axes, options):
+    """Without a `shard_map`, however tokens and weights lie."""
+    (x, params, d, valid), (wanted, wanted_gradients) = one_device["as it comes"]
+    with mesh(*kinds):
+        x, d, valid = jax.device_put((x, d, valid), P(tokens))
+        params = jax.device_put(params, axes.param_specs(params))
+        layer = functools.partial(moe_layer, router=router, recipe="bf16", **options)
+        both = value_and_gradients(lambda x, params, valid: layer(x, params, valid=valid))
+        (y, stats), gradients = both(x, params, d, valid)
+        assert error(y, wanted[0]) < 1e-3
+        assert error(gradients, wanted_gradients) < 1e-3
+        np.testing.assert_array_equal(stats.load, wanted[1].load)
+        assert stats.dropped == 0
+        assert jax.tree.map(jax.typeof, (y, *gradients)) == jax.tree.map(jax.typeof, (x, x, params))
+
+
+def test_tokens_that_cannot_be_divided(mesh):
+    x, params, _ = problem()
+    with mesh(*EXPLICIT):
+        params = jax.device_put(params, Axes(expert="y").param_specs(params))
+        with pytest.raises(ValueError, match=r"47 tokens cannot be divided by 4 .* \('y',\): pad"):
+            moe_layer(x[:47], params, router)
+
+
 def test_fp8_on_the_wire_both_ways(mesh):
     x, params, d = problem()
     valid = np.ones(TOKENS, bool)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from deepgemm_jax import ScaledArray
 from deepgemm_jax.moe import Permutation, permute, unpermute
@@ -92,6 +94,21 @@ def test_rows_and_sums(rows, capacity):
             np.testing.assert_allclose(d_rows, own[:, None] * cotangent[:1], rtol=1e-5, atol=1e-6)
             wanted = np.where(found, (x @ cotangent[0])[:, None], 0)
             np.testing.assert_allclose(d_weights, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_that_explicit_axes_divide(mesh):
+    """Rows are whole on each device, what tokens have is divided as they are."""
+    rng = np.random.default_rng(1)
+    groups = rng.integers(-1, G, size=(24, K))
+    x, weights = (rng.normal(size=(24, n)).astype(np.float32) for n in (H, K))
+    wanted = everything(groups, x, weights, None, None)
+    with mesh(AxisType.Explicit):
+        operands = jax.device_put((groups, x, weights), (P("x"), P("x"), P(("x", "y"))))
+        found = everything(*operands, None, None)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, wanted)
+        plan, _, _, back, _, d_x, _, d_weights = found
+        assert {jax.typeof(y).sharding.spec for y in (plan.row, *back)} == {P("x", None)}
+        assert [jax.typeof(x) for x in (d_x, d_weights)] == [jax.typeof(x) for x in operands[1:]]
 
 
 def test_what_does_not_fit_is_refused():

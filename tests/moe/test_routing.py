@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from deepgemm_jax.moe import drop_over_capacity, expert_load, route, update_bias
 
@@ -106,6 +108,17 @@ def test_capacity_load_and_bias():
         np.testing.assert_array_equal(kept.ravel()[places[7:]], -1)
     bias = update_bias(jnp.zeros(5), jnp.asarray(load), rate=0.25)
     np.testing.assert_array_equal(bias, 0.25 * np.sign(load.mean() - load))
+
+
+def test_tokens_that_explicit_axes_divide(mesh):
+    experts = np.random.default_rng(2).integers(-1, 5, size=(16, 3))
+    both = jax.jit(lambda x: (expert_load(x, 5), drop_over_capacity(x, 5, capacity=7)))
+    wanted = both(experts)
+    with mesh(AxisType.Explicit):
+        experts = jax.device_put(experts, P(("x", "y")))
+        found = both(experts)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        assert jax.typeof(found[1]) == jax.typeof(experts)
 
 
 def test_loads_are_compared_in_float32():
