@@ -24,7 +24,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from deepgemm_jax import fp8_dot, grouped_mlp
+from deepgemm_jax import fp8_dot
+from deepgemm_jax.moe import MoEParams, moe_layer, route, update_bias
 
 VOCABULARY = 256  # bytes
 
@@ -113,8 +114,8 @@ class Model(nnx.Module):
             "router": (width, config.experts),
             "gate_up": (config.experts, width, 2 * inner),
             "down": (config.experts, inner, width),
-            "shared_gate_up": (1, width, 2 * inner),
-            "shared_down": (1, inner, width),
+            "shared_gate_up": (width, 2 * inner),
+            "shared_down": (inner, width),
         }
         keys = iter(jax.random.split(key, len(shapes) + 2))
 
@@ -138,27 +139,21 @@ class Model(nnx.Module):
 
     def mixture(self, x, p, bias):
         """The experts' sum for each row of x, and how many rows each expert had."""
-        rows, k = x.shape[0], self.config.top_k
-        scores = jax.nn.sigmoid(x.astype(jnp.float32) @ p["router"])
-        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores) + bias, k)
-        weights = jnp.take_along_axis(scores, chosen, axis=1)
-        weights /= weights.sum(1, keepdims=True)
 
-        # Each row k times, in the order of the experts, and back.
-        order = jnp.argsort(chosen.reshape(-1))
-        load = jnp.bincount(chosen.reshape(-1), length=self.config.experts)
-        take = functools.partial(jnp.take, axis=0, unique_indices=True, mode="clip")
-        y = grouped_mlp(
-            take(jnp.repeat(x, k, axis=0), order),
-            p["gate_up"],
+        def gate_up(w):
+            return w.reshape(*w.shape[:-1], 2, -1)
+
+        params = MoEParams(
+            p["router"],
+            gate_up(p["gate_up"]),
             p["down"],
-            load,
-            take(weights.reshape(-1), order),
-            recipe=self.recipe,
+            bias,
+            gate_up(p["shared_gate_up"]),
+            p["shared_down"],
         )
-        y = take(y, jnp.argsort(order)).reshape(rows, k, -1).sum(1)
-        shared = p["shared_gate_up"], p["shared_down"]
-        return y + grouped_mlp(x, *shared, jnp.array([rows]), recipe=self.recipe), load
+        router = functools.partial(route, top_k=self.config.top_k, score="sigmoid")
+        y, stats = moe_layer(x, params, router, recipe=self.recipe)
+        return y, stats.load
 
     def __call__(self, tokens):
         """Logits of the bytes that follow, and each layer's loads."""
@@ -180,8 +175,8 @@ class Model(nnx.Module):
         return norm(x).astype(jnp.float32) @ self.head.get_value(), loads
 
     def balance(self, loads):
-        change = jnp.sign(loads.mean(1, keepdims=True) - loads)
-        self.biases.set_value(self.biases.get_value() + self.config.bias_rate * change)
+        update = jax.vmap(functools.partial(update_bias, rate=self.config.bias_rate))
+        self.biases.set_value(update(self.biases.get_value(), loads))
 
 
 @nnx.jit
