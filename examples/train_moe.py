@@ -175,8 +175,8 @@ class Model(nnx.Module):
         return norm(x).astype(jnp.float32) @ self.head.get_value(), loads
 
     def balance(self, loads):
-        update = jax.vmap(functools.partial(update_bias, rate=self.config.bias_rate))
-        self.biases.set_value(update(self.biases.get_value(), loads))
+        biases = update_bias(self.biases.get_value(), loads, self.config.bias_rate)
+        self.biases.set_value(biases)
 
 
 @nnx.jit

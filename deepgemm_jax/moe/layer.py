@@ -21,6 +21,15 @@ Router = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 STRATEGIES = ("all_gather", "all_to_all", "ragged_all_to_all")
 LAYOUTS = ("contiguous", "masked")
+# Of the weights, by whether they are scaled.
+SHAPES = {
+    "router": ("H E", ""),
+    "bias": ("E", ""),
+    "w_down": ("G I H", "G H I"),
+    "w_gate_up": ("G H 2 I", "G 2 I H"),
+    "shared_down": ("S H", "H S"),
+    "shared_gate_up": ("H 2 S", "2 S H"),
+}
 WIRE_DTYPES = tuple(map(jnp.dtype, (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32)))
 
 
@@ -100,6 +109,10 @@ class MoEParams:
         )
 
 
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Axes:
     """The mesh axes that a layer inside of `jax.shard_map` is divided along.
@@ -107,24 +120,35 @@ class Axes:
     Attributes:
       expert: that experts are divided along, and tokens too: one, or several, the slowest first.
         Tokens then go along one after the other, such as once to each machine and on from there.
-      tokens: further axes that tokens are divided along, `fsdp`'s name among them if there is one.
+      tokens: further axes, one or several, that tokens are divided along, `fsdp`'s name among them
+        if there is one.
       tensor: that each expert's I is divided along. Tokens are the same along it.
       fsdp: that weights' H is divided along; they are gathered when they are used, and their
         gradients are reduce-scattered.
     """
 
     expert: str | tuple[str, ...] | None = None
-    tokens: tuple[str, ...] = ()
+    tokens: str | tuple[str, ...] = ()
     tensor: str | None = None
     fsdp: str | None = None
 
+    def __post_init__(self):
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"Axes: {', '.join(self.names)}, wanted each mesh axis once")
+        if self.fsdp and self.fsdp not in _names(self.tokens):
+            raise ValueError(f"Axes: fsdp is {self.fsdp!r}, wanted one of tokens, {self.tokens}")
+
     @property
     def of_experts(self) -> tuple[str, ...]:
-        return (self.expert,) if isinstance(self.expert, str) else self.expert or ()
+        return _names(self.expert)
 
     @property
     def of_tokens(self) -> tuple[str, ...]:
-        return *self.tokens, *self.of_experts
+        return *_names(self.tokens), *self.of_experts
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return *self.of_tokens, *_names(self.tensor)
 
     def token_spec(self) -> PartitionSpec:
         """Of x [T, H], and of the result."""
@@ -132,21 +156,16 @@ class Axes:
 
     def param_specs(self, params: MoEParams) -> MoEParams:
         """Of the weights: a `PartitionSpec` for each, in both forms."""
-        served = isinstance(params.w_down, ScaledArray)
-        gate_up = [None, self.tensor, self.fsdp] if served else [self.fsdp, None, self.tensor]
-        down = [self.fsdp, self.tensor] if served else [self.tensor, self.fsdp]
+        axes = {"G": self.expert, "I": self.tensor, "S": self.tensor, "H": self.fsdp}
 
-        def of(w, spec):
+        def spec(name):
+            w = getattr(params, name)
+            dims = SHAPES[name][isinstance(w, ScaledArray)].split()
+            whole = name in ("router", "bias")
+            spec = PartitionSpec() if whole else PartitionSpec(*map(axes.get, dims))
             return jax.tree.map(lambda _: spec, w)
 
-        return MoEParams(
-            router=of(params.router, PartitionSpec()),
-            w_gate_up=of(params.w_gate_up, PartitionSpec(self.expert, *gate_up)),
-            w_down=of(params.w_down, PartitionSpec(self.expert, *down)),
-            bias=of(params.bias, PartitionSpec()),
-            shared_gate_up=of(params.shared_gate_up, PartitionSpec(*gate_up)),
-            shared_down=of(params.shared_down, PartitionSpec(*down)),
-        )
+        return MoEParams(**{name: spec(name) for name in SHAPES})
 
     def gather(self, params: MoEParams) -> MoEParams:
         """A device's weights with the parts of H that the others along `fsdp` have."""
@@ -244,10 +263,11 @@ def moe_layer(
       y, [T, H] of x's dtype; and the `MoEStats`, the same on all devices.
 
     Raises:
-      ValueError: a strategy, layout or axes that there are not; weights that do not fit them, or
-        tokens that Explicit axes do not divide; a `valid` of another length; no chunks or no
-        capacity; a `dispatch_dtype` or `combine_dtype` that is none of the above.
-      TypeError: a `valid` that is not boolean.
+      ValueError: a strategy, layout or axes that there are not; weights that do not fit them, x or
+        each other; tokens that Explicit axes do not divide; a router's result or a `valid` of
+        another length; no chunks or no capacity; a `dispatch_dtype` or `combine_dtype` that is none
+        of the above.
+      TypeError: a `valid` that is not boolean, experts that are no integers, weights of two kinds.
       NotImplementedError: ragged_all_to_all where XLA would refuse.
 
     Example:
@@ -262,6 +282,8 @@ def moe_layer(
         (6, 128) 12 0
     """
     x = jnp.asarray(x)
+    if x.ndim != 2:
+        raise ValueError(f"moe_layer: x has shape {x.shape}, wanted [T, H]")
     if axes is None:
         axes = _axes_of(x, params)
         strategy = strategy or ("all_gather" if axes.expert else None)
@@ -295,8 +317,16 @@ def moe_layer(
     # Else this is within a shard_map already.
     for mesh in map(compat.typed_mesh, jax.tree.leaves((x, params))):
         explicit = compat.explicit_axes(mesh)
-        if explicit and explicit.issuperset({*axes.of_tokens, axes.tensor} - {None}):
+        if explicit and explicit.issuperset(axes.names):
             return call.over_types(mesh, x, params, valid)
+    for axis in axes.names:
+        try:
+            jax.lax.axis_size(axis)
+        except NameError:
+            raise ValueError(
+                f"moe_layer: axes have {axis!r}, wanted axes of a jax.shard_map that the layer is "
+                "called in"
+            ) from None
     return call(x, params, valid)
 
 
@@ -328,6 +358,32 @@ def _strategies(strategy: str | Sequence[str] | None, axes: Axes) -> Sequence[st
     return each
 
 
+def _check(params: MoEParams, hidden: int) -> None:
+    """ValueError or TypeError for weights of one device that fit neither x nor each other."""
+    for kind in ("w", "shared"):
+        pair = getattr(params, f"{kind}_gate_up"), getattr(params, f"{kind}_down")
+        if len({w if w is None else isinstance(w, ScaledArray) for w in pair}) > 1:
+            raise TypeError(
+                f"moe_layer: params.{kind}_gate_up and params.{kind}_down are of two kinds, wanted "
+                "both arrays, or both ScaledArrays of MoEParams.quantize"
+            )
+    sizes = {"2": 2, "H": hidden}
+    for name, shapes in SHAPES.items():
+        w = getattr(params, name)
+        if w is None:
+            continue
+        dims = shapes[isinstance(w, ScaledArray)].split()
+        known = ", ".join(f"{dim} = {sizes[dim]}" for dim in dims if dim in sizes and dim.isalpha())
+        if len(w.shape) != len(dims) or any(
+            sizes.setdefault(dim, length) != length
+            for dim, length in zip(dims, w.shape, strict=True)
+        ):
+            raise ValueError(
+                f"moe_layer: params.{name} has shape {w.shape}, wanted [{', '.join(dims)}]"
+                f" with {known}"
+            )
+
+
 def _wire_dtype(name: str, dtype: Any, default: Any) -> Any:
     if dtype is None:
         return default
@@ -347,7 +403,14 @@ def _choose(
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens' experts, -1 for none, and weights."""
     logits = x.astype(jnp.float32) @ params.router.astype(jnp.float32)
-    weights, experts = router(logits, params.bias)
+    weights, experts = map(jnp.asarray, router(logits, params.bias))
+    if not jnp.issubdtype(experts.dtype, jnp.integer):
+        raise TypeError(f"moe_layer: router gives experts of {experts.dtype}, wanted integers")
+    if weights.shape != experts.shape or experts.ndim != 2 or len(experts) != len(x):
+        raise ValueError(
+            f"moe_layer: router gives weights {weights.shape} and experts {experts.shape}, wanted "
+            f"[T, k] twice with T = {len(x)}"
+        )
     # A router may do without the logits.
     weights, experts, _ = compat.vary_alike([weights, experts, x])
     exists = (experts >= 0) & (experts < params.router.shape[1])
@@ -404,11 +467,12 @@ class _Call:
         if valid is not None:
             # Padding would get into weights' gradients, by NaN or by scales that tokens share.
             x = jnp.where(valid[:, None], x, 0)
+        params = self.axes.gather(params)
+        _check(params, x.shape[1])
         if not len(x):  # which not every version of XLA:CPU can exchange
             load = jnp.zeros(params.router.shape[1], jnp.int32)
             return x, MoEStats(load, jnp.zeros((), jnp.int32))
         chunks = min(self.chunks, len(x))
-        params = self.axes.gather(params)
         parts = [
             self.experts_of(part, params, *_choose(self.router, params, part, counts))
             for part, counts in zip(_parts(x, chunks), _parts(valid, chunks), strict=True)

@@ -49,7 +49,7 @@ class Permutation:
 
         Raises:
           TypeError: groups that are no integers.
-          ValueError: groups of another number of dims.
+          ValueError: groups of another number of dims; negative numbers of groups or rows.
 
         Example:
 
@@ -64,6 +64,9 @@ class Permutation:
             raise TypeError(f"Permutation.of: groups has dtype {groups.dtype}, wanted integers")
         if groups.ndim != 2:
             raise ValueError(f"Permutation.of: groups has shape {groups.shape}, wanted [T, k]")
+        for name, number in {"num_groups": num_groups, "rows": rows, "capacity": capacity}.items():
+            if number is not None and number < 0:
+                raise ValueError(f"Permutation.of: {name} is {number}, wanted at least 0")
         groups = compat.whole(groups)
         slots = groups.size
         if capacity is not None:

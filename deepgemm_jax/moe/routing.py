@@ -47,7 +47,8 @@ def route(
       The weights, float32 [T, top_k], and the experts, int32 [T, top_k], the best first.
 
     Raises:
-      ValueError: a score that there is not; groups that do not fit the experts, or hold too few.
+      ValueError: a score that there is not; groups that do not fit the experts, or hold too few;
+        shapes other than the above.
 
     The weights have a gradient with respect to the logits, and none with respect to the bias.
 
@@ -60,24 +61,29 @@ def route(
         [[1 3]] [[0.6 0.4]]
     """
     logits = jnp.asarray(logits).astype(jnp.float32)
+    if logits.ndim != 2:
+        raise ValueError(f"route: logits has shape {logits.shape}, wanted [T, E]")
     scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}.get(score)
     if scores is None:
         raise ValueError(f"route: score is {score!r}, wanted 'softmax' or 'sigmoid'")
     tokens, experts = logits.shape
-    if experts % n_group or not 1 <= topk_group <= n_group:
+    if not 1 <= topk_group <= n_group or experts % n_group:
         raise ValueError(
             f"route: {topk_group} of {n_group} groups for {experts} experts, wanted groups of "
             "equal size, and no more than there are"
         )
     of_group = experts // n_group
-    if top_k > topk_group * of_group:
+    if not 1 <= top_k <= topk_group * of_group:
         raise ValueError(
-            f"route: top_k is {top_k}, wanted at most the {topk_group * of_group} of the groups"
+            f"route: top_k is {top_k}, wanted 1 to the {topk_group * of_group} of the groups"
         )
     weights = scores(logits)
     choice = jax.lax.stop_gradient(weights)
     if bias is not None:
-        choice += jax.lax.stop_gradient(jnp.asarray(bias)).astype(jnp.float32)
+        bias = jax.lax.stop_gradient(jnp.asarray(bias)).astype(jnp.float32)
+        if bias.shape != (experts,):
+            raise ValueError(f"route: bias has shape {bias.shape}, wanted ({experts},)")
+        choice += bias
     if n_group > 1:
         choice = choice.reshape(tokens, n_group, of_group)
         best, _ = jax.lax.top_k(choice, min(best_of_group, of_group))
@@ -125,7 +131,10 @@ def expert_load(experts: Any, num_experts: int) -> jax.Array:
         [1 1 3 0]
     """
     # Compared and added up in one kernel, which is faster than adding one by one in memory.
-    chosen = jnp.asarray(experts)[..., None] == jnp.arange(num_experts)
+    experts = jnp.asarray(experts)
+    if not jnp.issubdtype(experts.dtype, jnp.integer):
+        raise TypeError(f"expert_load: experts has dtype {experts.dtype}, wanted integers")
+    chosen = experts[..., None] == jnp.arange(num_experts)
     return chosen.sum(range(chosen.ndim - 1), dtype=jnp.int32)
 
 
@@ -134,8 +143,8 @@ def update_bias(bias: Any, load: Any, rate: float = 1e-3) -> jax.Array:
 
     $$b_e \leftarrow b_e + \text{rate} \cdot \text{sign}(\bar n - n_e)$$
 
-    where n is the load of a step, over all devices: what `moe_layer` returns. Loads are compared in
-    float32; the result has the bias's dtype.
+    where n is the load of a step, over all devices: what `moe_layer` returns. Both are [E], or
+    [..., E] of several layers. Loads are compared in float32; the result has the bias's dtype.
 
     Example:
 
@@ -145,4 +154,9 @@ def update_bias(bias: Any, load: Any, rate: float = 1e-3) -> jax.Array:
         [-0.5  0.5  0. ]
     """
     bias, load = jnp.asarray(bias), jnp.asarray(load).astype(jnp.float32)
-    return bias + rate * jnp.sign(load.mean() - load).astype(bias.dtype)
+    if load.shape != bias.shape:
+        raise ValueError(
+            f"update_bias: load has shape {load.shape}, wanted {bias.shape} of the bias"
+        )
+    above = load.mean(-1, keepdims=True) - load
+    return bias + rate * jnp.sign(above).astype(bias.dtype)

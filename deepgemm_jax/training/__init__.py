@@ -235,7 +235,10 @@ def _array(
     name: str, which: str, x: Any, shape: Sequence[int | None], dtypes: Sequence[Any] = FLOATS
 ) -> jax.Array:
     """The array, if it has one of these dtypes and this shape, where None is any length."""
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: {which} is {x!r}, wanted an array") from None
     if x.dtype not in dtypes:
         wanted = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
         raise TypeError(f"{name}: {which} has dtype {x.dtype}, wanted {wanted}")

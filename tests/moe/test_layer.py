@@ -8,6 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from moe.cases import (
     BIASES,
     EXPERTS,
@@ -20,6 +21,7 @@ from moe.cases import (
     value_and_gradients,
 )
 
+from deepgemm_jax import prepare_weight
 from deepgemm_jax.moe import Axes, MoEParams, drop_over_capacity, moe_layer
 
 # Relative, of rounding to 8 bits of mantissa and to FP8's 4.
@@ -122,6 +124,38 @@ def test_decoding_in_bfloat16_with_room_for_few():
     assert error(y, wanted) < TOLERANCE["bf16"]
 
 
+GATE_UP = r"wanted \[G, H, 2, I\] with G = 8, H = 256, I = 128"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("router", lambda w: w[:128], ValueError, r"\(128, 8\), wanted \[H, E\] with H = 256"),
+        ("bias", lambda w: w[:4], ValueError, r"\(4,\), wanted \[E\] with E = 8"),
+        # Gate and up one after the other in each channel.
+        ("w_gate_up", lambda w: np.swapaxes(w, 2, 3), ValueError, GATE_UP),
+        ("w_gate_up", lambda w: w.reshape(8, 256, 256), ValueError, GATE_UP),
+        ("w_down", lambda w: w[..., :64], ValueError, r"wanted \[G, I, H\] with H = 256"),
+        ("shared_gate_up", lambda w: w[..., 0], ValueError, r"wanted \[H, 2, S\] with H = 256"),
+        ("shared_down", lambda w: None, TypeError, "are of two kinds"),
+        ("w_down", lambda w: prepare_weight(w, layout="kn"), TypeError, "are of two kinds"),
+    ],
+)
+def test_weights_that_do_not_fit(name, change, error, message):
+    x, params, _ = problem(shared=128)
+    params = dataclasses.replace(params, **{name: change(getattr(params, name))})
+    with pytest.raises(error, match=f"moe_layer: params.*{name}.* {message}"):
+        moe_layer(x, params, router)
+
+
+def test_axes():
+    assert Axes(tokens="data", expert="expert").token_spec() == P(("data", "expert"))
+    with pytest.raises(ValueError, match="Axes: x, x, wanted each mesh axis once"):
+        Axes(expert="x", tensor="x")
+    with pytest.raises(ValueError, match="Axes: fsdp is 'y', wanted one of tokens"):
+        Axes(tokens="x", fsdp="y")
+
+
 def test_what_does_not_fit_is_refused():
     x, params, _ = problem()
     with pytest.raises(ValueError, match="strategy is scatter, wanted all_gather"):
@@ -147,6 +181,16 @@ def test_what_does_not_fit_is_refused():
         moe_layer(x, params, router, chunks=0)
     with pytest.raises(ValueError, match="capacity_factor is 0"):
         moe_layer(x, params, router, capacity_factor=0)
+    with pytest.raises(ValueError, match=r"x has shape \(1, 48, 256\), wanted \[T, H\]"):
+        moe_layer(x[None], params, router)
+    with pytest.raises(ValueError, match="axes have 'expert', wanted axes of a jax.shard_map"):
+        moe_layer(x, params, router, strategy="all_gather", axes=Axes(expert="expert"))
+    with pytest.raises(TypeError, match="router gives experts of float32, wanted integers"):
+        moe_layer(x, params, lambda *args: router(*args)[::-1])
+    with pytest.raises(
+        ValueError, match=r"router gives weights \(1, 2\) and experts \(1, 2\), .*48"
+    ):
+        moe_layer(x, params, lambda *_: (jnp.ones((1, 2)), jnp.zeros((1, 2), int)))
     small = MoEParams.init(jax.random.key(0), hidden=64, intermediate=64, experts=2)
     with pytest.raises(ValueError, match="multiples of 128"):
         small.quantize()

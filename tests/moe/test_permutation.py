@@ -117,6 +117,8 @@ def test_what_does_not_fit_is_refused():
         Permutation.of(jnp.zeros((3, 2)), 2)
     with pytest.raises(ValueError, match=r"Permutation.of: groups has shape \(3,\), wanted \[T, k"):
         Permutation.of([0, 1, 0], 2)
+    with pytest.raises(ValueError, match="Permutation.of: capacity is -1, wanted at least 0"):
+        Permutation.of([[0, 1]], 2, capacity=-1)
     with pytest.raises(ValueError, match=r"permute: x has shape \(2, 8\), wanted 3 rows"):
         permute(jnp.zeros((2, 8)), plan)
     x = jnp.zeros((3, 8), jnp.float8_e4m3fn)

@@ -91,8 +91,19 @@ def test_what_does_not_fit_is_refused():
         route(logits, top_k=1, score="relu")
     with pytest.raises(ValueError, match="12 experts"):
         route(logits, top_k=1, n_group=5, topk_group=2)
-    with pytest.raises(ValueError, match="top_k is 7, wanted at most the 6"):
-        route(logits, top_k=7, n_group=4, topk_group=2)
+    with pytest.raises(ValueError, match="12 experts"):
+        route(logits, top_k=1, n_group=0)
+    for top_k in (0, 7):
+        with pytest.raises(ValueError, match=f"top_k is {top_k}, wanted 1 to the 6 of"):
+            route(logits, top_k=top_k, n_group=4, topk_group=2)
+    with pytest.raises(ValueError, match=r"route: logits has shape \(12,\), wanted \[T, E\]"):
+        route(logits[0], top_k=1)
+    with pytest.raises(ValueError, match=r"route: bias has shape \(3,\), wanted \(12,\)"):
+        route(logits, jnp.zeros(3), top_k=1)
+    with pytest.raises(TypeError, match="expert_load: experts has dtype float32, wanted integers"):
+        expert_load(logits, 12)
+    with pytest.raises(ValueError, match=r"load has shape \(3,\), wanted \(12,\) of the bias"):
+        update_bias(jnp.zeros(12), jnp.zeros(3))
 
 
 def test_capacity_load_and_bias():
@@ -108,6 +119,13 @@ def test_capacity_load_and_bias():
         np.testing.assert_array_equal(kept.ravel()[places[7:]], -1)
     bias = update_bias(jnp.zeros(5), jnp.asarray(load), rate=0.25)
     np.testing.assert_array_equal(bias, 0.25 * np.sign(load.mean() - load))
+
+
+def test_biases_of_many_layers():
+    """Each layer's loads are compared with their own mean."""
+    loads = np.array([[1, 3, 5], [30, 10, 50]])
+    found = update_bias(jnp.zeros((2, 3)), loads, rate=0.5)
+    np.testing.assert_array_equal(found, [[0.5, 0, -0.5], [0, 0.5, -0.5]])
 
 
 def test_tokens_that_explicit_axes_divide(mesh):

@@ -186,6 +186,7 @@ def test_shards_of_the_groups(recipe):
         ({"x": np.zeros(32, np.float32)}, ValueError, "x has shape .* wanted \\(any, any\\)"),
         ({"w_gate_up": np.zeros((2, 48, 64))}, ValueError, "wanted \\(any, 32, any\\)"),
         ({"w_gate_up": np.zeros((2, 32, 48))}, ValueError, "48 columns, wanted a multiple of 32"),
+        ({"w_down": None}, TypeError, "w_down is None, wanted an array"),
         ({"w_down": np.zeros((2, 32, 24))}, ValueError, "w_down .* multiples of 16"),
         ({"w_down": np.zeros((3, 32, 16))}, ValueError, "w_down .* wanted \\(2, 32, any\\)"),
         ({"group_sizes": np.zeros(3, int)}, ValueError, "group_sizes has shape"),
