@@ -1,12 +1,11 @@
 """The indexer on a mesh of 2 × 4 CPU devices."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracles import logits, random_problem
+from hlo import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import assert_close
@@ -24,11 +23,6 @@ KINDS = [
     (AxisType.Explicit, AxisType.Explicit),
     (AxisType.Explicit, AxisType.Auto),
 ]
-
-
-def collectives(compiled) -> set[str]:
-    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    return set(re.findall(rf" ({names})(?:-start)?\(", compiled.as_text()))
 
 
 def specs(queries, heads=None):

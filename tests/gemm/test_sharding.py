@@ -1,12 +1,12 @@
 """fp8_gemm_nt on a mesh of 2 × 4 CPU devices."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import assert_close, product, random_like, random_problem
@@ -29,11 +29,6 @@ def pieces(monkeypatch):
 
     monkeypatch.setattr(op.fp8_gemm_nt, "reference", record)
     return seen
-
-
-def collectives(compiled) -> set[str]:
-    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    return set(re.findall(rf" ({names})(?:-start)?\(", compiled.as_text()))
 
 
 def put(x, *spec):

@@ -1,13 +1,13 @@
 """Grouped GEMMs on a mesh of eight CPU devices."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from grouped.cases import Form, forms, ids, masked, pick, random_array, spans
+from hlo import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import assert_close
@@ -17,11 +17,6 @@ from deepgemm_jax import ragged_dot
 M, N, K, G = 64, 512, 256, 4
 SIZES = np.array([20, 0, 33, 5], np.int32)
 RAGGED = Form("m_grouped_bf16_gemm_nn_contiguous")
-
-
-def collectives(compiled) -> set[str]:
-    pattern = r"\b(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)\b"
-    return set(re.findall(pattern, compiled.as_text()))
 
 
 def compiled(function, *operands):
