@@ -450,7 +450,8 @@ class _Call:
             mesh=mesh,
             in_specs=specs,
             out_specs=(tokens, PartitionSpec()),
-            axis_names=compat.explicit_axes(mesh),
+            # None named are all, but for what a vmap has divided a batch along.
+            axis_names=set() if mesh.are_all_axes_explicit else compat.explicit_axes(mesh),
         )
         operands = jax.tree.map(
             lambda leaf, spec: compat.divided(jnp.asarray(leaf), mesh, spec),

@@ -119,6 +119,23 @@ def test_arrays_that_explicit_axes_divide(mesh, one_device, kinds, tokens, axes,
         assert jax.tree.map(jax.typeof, (y, *gradients)) == jax.tree.map(jax.typeof, (x, x, params))
 
 
+def test_batches_that_explicit_axes_divide(mesh, one_device):
+    (x, params, d, _), _ = one_device["as it comes"]
+
+    def gradient(x, params, d):
+        layer = functools.partial(moe_layer, router=router, recipe="bf16")
+        return jax.grad(lambda x: (layer(x, params)[0] * d).sum())(x)
+
+    each = jax.jit(jax.vmap(gradient, (0, None, 0)))
+    x, d = np.stack([x, x[::-1]]), np.stack([d, d])
+    wanted = each(x, params, d)
+    with mesh(*EXPLICIT):
+        x, d = jax.device_put((x, d), P("x"))
+        found = each(x, jax.device_put(params, Axes(expert="y").param_specs(params)), d)
+        assert error(found, wanted) < 1e-3
+        assert jax.typeof(found) == jax.typeof(x)
+
+
 def test_tokens_that_cannot_be_divided(mesh):
     x, params, _ = problem()
     with mesh(*EXPLICIT):
