@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.export
+import jax.numpy as jnp
 from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -44,6 +45,41 @@ def make_primitive(
     # emit, asks for it.
     dispatch.prim_requires_devices_during_lowering.add(primitive)
     return primitive
+
+
+def make_bilinear(primitive: Primitive, transposes: Sequence[Callable]) -> None:
+    """Derivatives for a primitive of one result that is linear in each of its first operands.
+
+    `transposes` has for each of those `(params, dtype, d, *operands)` -> its cotangent, in that
+    dtype, for one of the result.
+    """
+
+    def jvp(operands, tangents, *, params):
+        (d,) = primitive.bind(*operands, params=params)
+        slope = ad.Zero(_type(d).to_tangent_aval())
+        for i, tangent in enumerate(tangents[: len(transposes)]):
+            if type(tangent) is not ad.Zero and jnp.issubdtype(d.dtype, jnp.inexact):
+                # A tangent need not vary or be divided as its operand does.
+                changed = [*operands[:i], divided_as(tangent, operands[i]), *operands[i + 1 :]]
+                part = primitive.bind(*vary_alike(changed), params=params)
+                slope = ad.add_tangents(slope, *part)
+        return [d], [slope]
+
+    def transpose(cotangents, *operands, params):
+        (d,) = cotangents
+        found: list[Any] = [None] * len(operands)
+        if type(d) is not ad.Zero:
+            (i,) = (i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
+            aval = operands[i].aval
+            x = transposes[i](params, aval.dtype, d, *operands)
+            # Of a batch, where the operand is the same for all of it.
+            if same := [dim for dim, n in enumerate(aval.shape) if x.shape[dim] != n]:
+                x = x.sum(same, keepdims=True)
+            found[i] = divided_as(x, aval)
+        return found
+
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
 
 
 def register_serialization(cls: type) -> None:

@@ -19,6 +19,9 @@ from .signature import Array, Signature
 
 logger = logging.getLogger("deepgemm_jax")
 
+# Why there is none, or the rules of an op that is linear in its operands.
+Derivative = str | Sequence[Callable]
+
 
 @dataclasses.dataclass(frozen=True)
 class Params:
@@ -63,7 +66,9 @@ class Op:
         there is no kernel.
       kernel: the lowering on a GPU, if there is one.
       composed: whether the reference is made of other ops, which look for kernels of their own.
-      derivative: why there is none and what to do instead, for who asks for one.
+      derivative: why there is none and what to do instead, for who asks for one; or, of an op that
+        is linear in each of its first operands, their cotangents, as `compat.make_bilinear` has
+        them.
       check: `(params, operands)`, raises for what the signature does not say.
       alone: whether kernels are for calls that are neither divided among devices nor a batch. The
         reference then takes those whole: it is made of other ops, which can be either.
@@ -82,7 +87,7 @@ class Op:
         operands: Mapping[str, str],
         results: Mapping[str, str],
         reference: Callable,
-        derivative: str,
+        derivative: Derivative,
         kernel: Kernel | None = None,
         composed: bool = False,
         alone: bool = False,
@@ -119,6 +124,8 @@ class Op:
                 None: functools.partial(self._lower, on_gpu=False),
             },
         )
+        if not isinstance(derivative, str):
+            compat.make_bilinear(self.primitive, derivative)
 
     def __call__(self, *operands: jax.Array, params: Params) -> Any:
         """The op's result or results; ValueError or TypeError for operands that do not fit."""

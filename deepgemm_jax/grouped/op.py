@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._core.op import Op, Params
+from .._core.op import Derivative, Op, Params
 from ..gemm.layouts import transposed
 from ..gemm.op import FP8, Form
 from ..gemm.recipes import Pair, of_rows, scales_of
@@ -93,7 +93,7 @@ class Contiguous(NamedTuple):
 
 
 def _contiguous(
-    name: str, a: dict, b: dict, by_id: dict, in_order: dict, derivative: str, limits=None
+    name: str, a: dict, b: dict, by_id: dict, in_order: dict, derivative: Derivative, limits=None
 ) -> Contiguous:
     rest: dict[str, Any] = {
         "results": {"d": "preferred_element_type[m n]"},
@@ -119,7 +119,9 @@ def _contiguous(
     )
 
 
-def _k_grouped(name: str, a: dict, b: dict, c: dict, how: dict, derivative: str, limits=None):
+def _k_grouped(
+    name: str, a: dict, b: dict, c: dict, how: dict, derivative: Derivative, limits=None
+):
     return Op(
         name,
         operands={**a, **b, "starts": "int32[g]", "ends": "int32[g]", **c},
@@ -293,18 +295,50 @@ k_grouped_bf16_gemm_nt_contiguous = _k_grouped(
     SUMS_NT,
     NO_DERIVATIVE,
 )
-# What ragged_dot and its gradients are made of, in any dtypes.
-ragged_nn = _contiguous(
-    "ragged_dot", {"lhs": "lhs_dtype[m k]"}, {"rhs": "rhs_dtype[g k n]"}, *ROWS_NN, PLAIN
+
+
+def _bilinear(*cotangents: Callable) -> list[Callable]:
+    """The derivative of a product, by `(d, lhs, rhs)` -> the op and the operands of a cotangent."""
+
+    def transpose(product, params, dtype, d, lhs, rhs, *told):
+        op, x, y = product(d, lhs, rhs)
+        like = dataclasses.replace(
+            params, lhs_dtype=x.dtype, rhs_dtype=y.dtype, preferred_element_type=dtype
+        )
+        return op.bind(like, [x, y, *told])[0]
+
+    return [functools.partial(transpose, product) for product in cotangents]
+
+
+# What ragged_dot and its derivatives are made of, in any dtypes.
+ragged_nn: Contiguous = _contiguous(
+    "ragged_dot",
+    {"lhs": "lhs_dtype[m k]"},
+    {"rhs": "rhs_dtype[g k n]"},
+    *ROWS_NN,
+    _bilinear(
+        lambda d, lhs, rhs: (ragged_nt.in_order, d, rhs),
+        lambda d, lhs, rhs: (ragged_contracting, lhs, d),
+    ),
 )
-ragged_nt = _contiguous(
-    "ragged_dot_transposed", {"lhs": "lhs_dtype[m k]"}, {"rhs": "rhs_dtype[g n k]"}, *ROWS_NT, PLAIN
+ragged_nt: Contiguous = _contiguous(
+    "ragged_dot_transposed",
+    {"lhs": "lhs_dtype[m k]"},
+    {"rhs": "rhs_dtype[g n k]"},
+    *ROWS_NT,
+    _bilinear(
+        lambda d, lhs, rhs: (ragged_nn.in_order, d, rhs),
+        lambda d, lhs, rhs: (ragged_contracting, d, lhs),
+    ),
 )
-ragged_contracting = _k_grouped(
+ragged_contracting: Op = _k_grouped(
     "ragged_dot_contracting",
     {"lhs": "lhs_dtype[k m]"},
     {"rhs": "rhs_dtype[k n]"},
     {},
     SUMS_TN,
-    PLAIN,
+    _bilinear(
+        lambda d, lhs, rhs: (ragged_nt.in_order, rhs, d),
+        lambda d, lhs, rhs: (ragged_nn.in_order, lhs, d),
+    ),
 )

@@ -72,9 +72,9 @@ def ragged_dot(
       NotImplementedError: `implementation="cuda"` where there is no kernel; a derivative is asked
         for of float8 data with their scales.
 
-    For arrays there is a gradient, of any order, itself made of grouped products. There is no
-    forward mode: `jax.jvp`, `jax.jacfwd` and `jax.hessian` raise a TypeError. Under `jax.vmap` a
-    batch of `lhs` is one call with more rows. M, N and K may be divided on a mesh.
+    For arrays there are derivatives of any order, in both modes, themselves made of grouped
+    products. Under `jax.vmap` a batch of `lhs` is one call with more rows. M, N and K may be
+    divided on a mesh.
 
     Example:
 
@@ -252,7 +252,6 @@ def _ragged_dot_general(
         for x, dtype in zip((lhs, rhs), dtypes, strict=True)
     )
     params = PlainParams(implementation, result.dtype, lhs.dtype, rhs.dtype, precision)
-    lhs, rhs, first, last = compat.vary_alike([lhs, rhs, first, last])
     if dims.ragged in dims.l_kept:
         return _rows(dims, params, lhs, rhs, first, last).reshape(result.shape)
     if dims.ragged in dims.l_contract:
@@ -419,7 +418,8 @@ def _rows(dims, params, lhs, rhs, first, last):
     transposed = max(dims.r_kept, default=-1) < min(dims.r_contract, default=-1)
     matrix = (dims.r_kept, dims.r_contract) if transposed else (dims.r_contract, dims.r_kept)
     rhs = _matrices(rhs, dims.group, *matrix, separate=dims.r_batch)
-    function = functools.partial(_grouped, transposed, params)
+    which = op.ragged_nt if transposed else op.ragged_nn
+    function = functools.partial(which.in_order, params=params)
     for _ in outer:
         function = jax.vmap(function, (0, None, 0, 0))
     for _ in dims.l_batch:
@@ -443,56 +443,10 @@ def _sums(dims, params, lhs, rhs, first, last):
     if outer:
         wide = reference.accumulator(dtype, lhs.dtype, rhs.dtype)
         params = dataclasses.replace(params, preferred_element_type=wide)
-    function = functools.partial(_contracted, params)
+    function = functools.partial(op.ragged_contracting, params=params)
     for _ in (*outer, *dims.l_batch):
         function = jax.vmap(function)
     d = function(lhs, rhs, first * inside, last * inside)
     batch = len(dims.l_batch)
     d = d.sum(range(batch, batch + len(outer))).astype(dtype)
     return jnp.moveaxis(d, batch, 0)
-
-
-def _like(params: PlainParams, lhs: jax.Array, rhs: jax.Array, dtype: Any) -> PlainParams:
-    return dataclasses.replace(
-        params, lhs_dtype=lhs.dtype, rhs_dtype=rhs.dtype, preferred_element_type=dtype
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped(transposed, params, lhs, rhs, first, last):
-    """[m, k] times [g, k, n], or [g, n, k] where `transposed`."""
-    which = op.ragged_nt if transposed else op.ragged_nn
-    return which.in_order(lhs, rhs, first, last, params=params)
-
-
-def _grouped_forward(transposed, params, *operands):
-    return _grouped(transposed, params, *operands), operands
-
-
-def _grouped_backward(transposed, params, operands, d):
-    lhs, rhs, first, last = operands
-    d_lhs = _grouped(not transposed, _like(params, d, rhs, lhs.dtype), d, rhs, first, last)
-    pair = (d, lhs) if transposed else (lhs, d)
-    d_rhs = _contracted(_like(params, *pair, rhs.dtype), *pair, first, last)
-    return compat.divided_as(d_lhs, lhs), compat.divided_as(d_rhs, rhs), None, None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contracted(params, lhs, rhs, first, last):
-    """[k, m] times [k, n] over each group's part of k: [g, m, n]."""
-    return op.ragged_contracting(lhs, rhs, first, last, params=params)
-
-
-def _contracted_forward(params, *operands):
-    return _contracted(params, *operands), operands
-
-
-def _contracted_backward(params, operands, d):
-    lhs, rhs, first, last = operands
-    d_lhs = _grouped(True, _like(params, rhs, d, lhs.dtype), rhs, d, first, last)
-    d_rhs = _grouped(False, _like(params, lhs, d, rhs.dtype), lhs, d, first, last)
-    return compat.divided_as(d_lhs, lhs), compat.divided_as(d_rhs, rhs), None, None
-
-
-_grouped.defvjp(_grouped_forward, _grouped_backward)
-_contracted.defvjp(_contracted_forward, _contracted_backward)

@@ -200,10 +200,54 @@ def test_gradients(mode):
         d, pullback = jax.vjp(dot, *operands)
         found = [jnp.vdot(*pair) for pair in zip(pullback(d), directions, strict=True)]
         lhs, rhs = operands
-        return found, [jnp.vdot(d, x) for x in (dot(directions[0], rhs), dot(lhs, directions[1]))]
+        parts = dot(directions[0], rhs), dot(lhs, directions[1])
+        _, tangent = jax.jvp(dot, operands, directions)
+        return found, [jnp.vdot(d, x) for x in parts], tangent, sum(parts)
 
-    found, expected = slopes(operands, directions)
+    found, expected, tangent, total = slopes(operands, directions)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(tangent, total, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("preferred", [None, jnp.float32])
+def test_forward_mode_agrees_with_jax(preferred):
+    operands, tangents = (tuple(map(jnp.asarray, problem(seed))) for seed in (22, 23))
+    sizes = np.array(FITTING[4], np.int32)
+
+    def slope(dot, tangents):
+        product = functools.partial(dot, group_sizes=sizes, preferred_element_type=preferred)
+        return jax.jvp(product, operands, tangents)[1]
+
+    expected = slope(jax.lax.ragged_dot, tangents)
+    of_no_group = tangents[0].at[sizes.sum() :].set(jnp.nan)
+    assert_alike(slope(ragged_dot, (of_no_group, tangents[1])), expected)
+
+
+def test_linear_maps():
+    lhs, rhs = map(jnp.asarray, problem(24, jnp.float32))
+    product = functools.partial(ragged_dot, group_sizes=np.array(FITTING[0], np.int32))
+    d, slope = jax.linearize(product, lhs, rhs)
+    np.testing.assert_array_equal(slope(lhs, jnp.zeros_like(rhs)), d)
+    _, pullback = jax.vjp(product, lhs, rhs)
+    of_lhs = jax.linear_transpose(lambda lhs: product(lhs, rhs), lhs)
+    of_rhs = jax.linear_transpose(lambda rhs: product(lhs, rhs), rhs)
+    for found, expected in zip((*of_lhs(d), *of_rhs(d)), pullback(d), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_integers_have_no_slope():
+    rng = np.random.default_rng(25)
+    lhs, rhs = jnp.asarray(rng.integers(-9, 9, (M, K)), jnp.int8), jnp.ones((G, K, N))
+    sizes = np.array(FITTING[0], np.int32)
+
+    def product(preferred):
+        return lambda rhs: ragged_dot(lhs, rhs, sizes, preferred_element_type=preferred)
+
+    d, slope = jax.jvp(product(jnp.float32), (rhs,), (rhs,))
+    np.testing.assert_array_equal(slope, d)
+    _, slope = jax.jvp(product(jnp.int32), (rhs,), (rhs,))
+    assert slope.dtype == jax.dtypes.float0
+    assert not jax.grad(lambda rhs: product(jnp.int32)(rhs).sum().astype(jnp.float32))(rhs).any()
 
 
 def test_training_step_agrees_with_jax():
@@ -243,6 +287,24 @@ def test_second_derivative():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * abs(np.asarray(y)).max())
 
 
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+def test_second_derivative_by_either_mode(outer, inner):
+    rng = np.random.default_rng(26)
+    lhs, rhs = (random_array(rng, *shape, dtype=np.float32) for shape in ((7, 3), (2, 3, 4)))
+    sizes = np.array([4, 2], np.int32)
+    one_hot = ids(sizes, 7)[:, None] == np.arange(2)
+
+    def curve(dot):
+        of_loss = inner(lambda *xs: jnp.tanh(dot(*xs)).sum(), (0, 1))
+        return jax.tree.leaves(jax.jit(outer(of_loss, (0, 1)))(lhs, rhs))
+
+    ours = curve(lambda lhs, rhs: ragged_dot(lhs, rhs, sizes))
+    theirs = curve(lambda lhs, rhs: jnp.einsum("mk,gkn,mg->mn", lhs, rhs, one_hot))
+    for x, y in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
 def test_sizes_are_data():
     lhs, rhs = problem(12)
     traces = []
@@ -264,12 +326,13 @@ def test_vmap_of_rows():
 
     @jax.jit
     def both(lhs, rhs):
-        d, pullback = jax.vjp(
-            lambda rhs: jax.vmap(ragged_dot, (0, None, None))(lhs, rhs, sizes), rhs
-        )
-        return d, *pullback(jnp.ones_like(d))
+        product = lambda rhs: jax.vmap(ragged_dot, (0, None, None))(lhs, rhs, sizes)  # noqa: E731
+        d, pullback = jax.vjp(product, rhs)
+        _, slope = jax.jvp(product, (rhs,), (rhs,))
+        return d, slope, *pullback(jnp.ones_like(d))
 
-    d, gradient = both(lhs, rhs)
+    d, slope, gradient = both(lhs, rhs)
+    np.testing.assert_array_equal(slope, d)
     for i in range(2):
         assert_close(d[i], FORM.expected(lhs[i], rhs, ids(sizes, M)))
     sums = np.stack([lhs[:, slice(*s)].astype(np.float64).sum((0, 1)) for s in spans(sizes, M)])

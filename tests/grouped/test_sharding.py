@@ -164,6 +164,51 @@ def test_experts_are_divided(mesh, kind):
     np.testing.assert_allclose(d_rhs, sum(parts), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_modes_compose_where_experts_are_divided(mesh, kind, check_vma):
+    operands, tangents = (
+        tuple(0.1 * rng.normal(size=shape).astype(np.float32) for shape in ((M, 33), (8, 33, 20)))
+        for rng in map(np.random.default_rng, (12, 13))
+    )
+    sizes = np.array([9, 0, 20, 1, 0, 14, 3, 5], np.int32)
+
+    def curve(dot, operands, tangents):
+        of_loss = jax.grad(lambda *xs: jnp.tanh(dot(*xs)).sum(), (0, 1))
+        return jax.jit(lambda *xs: jax.jvp(of_loss, *xs))(operands, tangents)
+
+    expected = curve(lambda *xs: ragged_dot(*xs, sizes), operands, tangents)
+    with mesh(kind):
+        sharded = jax.shard_map(
+            lambda *xs: expert_parallel(*xs, sizes),
+            in_specs=(P(), P("y")),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+        specs = P(), P("y")
+        found = curve(sharded, jax.device_put(operands, specs), jax.device_put(tangents, specs))
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("manual", [True, False])
+def test_tangents_that_are_the_same_on_all_devices(mesh, kind, manual):
+    lhs, rhs = (np.ones(shape, np.float32) for shape in ((2 * M, 33), (G, 33, 20)))
+    sizes = np.array([20, 0, 33, 11], np.int32)
+
+    def slope(lhs, rhs):
+        tangents = jnp.full(lhs.shape, 2.0), jnp.full(rhs.shape, 3.0)
+        return jax.jvp(lambda *xs: ragged_dot(*xs, sizes), (lhs, rhs), tangents)[1]
+
+    with mesh(kind):
+        if manual:
+            slope = jax.shard_map(slope, in_specs=(P("x"), P()), out_specs=P("x"), check_vma=True)
+        d = jax.jit(slope)(*jax.device_put((lhs, rhs), (P("x"), P())))
+        rows = np.s_[:] if manual else np.s_[:M]
+        np.testing.assert_array_equal(np.asarray(d)[rows], 33 * 5.0)
+
+
 def test_scaled_experts_are_divided(mesh):
     form = Form("m_grouped_fp8_gemm_nn_contiguous")
     lhs, rhs = form.problem(5, M, 32, 128, 8)
