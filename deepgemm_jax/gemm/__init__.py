@@ -403,9 +403,7 @@ def _bf16(layout, a, b, c, preferred_element_type, config, implementation) -> ja
 
 def _params(name, preferred_element_type, config, implementation) -> op.GemmParams:
     check_implementation(name, implementation)
-    dtype = op.out_dtype(
-        name, jnp.bfloat16 if preferred_element_type is None else preferred_element_type
-    )
+    dtype = op.out_dtype(name, preferred_element_type)
     if not isinstance(config, AnyConfig | None):
         raise ValueError(f"{name}: config is {config!r}, wanted None or one that explain shows")
     return op.GemmParams(implementation, dtype, config)

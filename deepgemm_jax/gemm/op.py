@@ -168,8 +168,9 @@ PLAIN = "use jax.numpy.matmul, or wrap the call in jax.custom_vjp with gradients
 FP8 = "float8_e4m3fn|float8_e5m2"
 
 
-def out_dtype(name: str, preferred_element_type: Any) -> np.dtype:
-    dtype = jnp.dtype(preferred_element_type)
+def out_dtype(name: str, preferred_element_type: Any, default: Any = jnp.bfloat16) -> np.dtype:
+    # jnp.dtype(None) is float64.
+    dtype = jnp.dtype(default if preferred_element_type is None else preferred_element_type)
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"{name}: preferred_element_type is {dtype}, wanted bfloat16 or float32")
     return dtype

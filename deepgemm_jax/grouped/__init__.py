@@ -68,7 +68,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
       group_offsets: integers [G + 1], the first row of each group, then the last one's end. They
         are clamped to [0, M], and one below an earlier one counts as that one. Rows before the
         first offset and from the last on are padding.
-      preferred_element_type: the result's dtype, bfloat16 or float32.
+      preferred_element_type: the result's dtype, bfloat16 or float32; None is bfloat16.
       recipe: None, or the recipe that the scales must have.
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
         is one and plain JAX elsewhere.
@@ -275,7 +275,7 @@ def m_grouped_fp8_gemm_nt_masked(
       expected_m: how many rows a group is likely to have, by which a kernel chooses its tiles. The
         result is right whatever it is.
       zero_fill: whether the other rows of the result are zero. If not, they may be anything.
-      preferred_element_type: the result's dtype, bfloat16 or float32.
+      preferred_element_type: the result's dtype, bfloat16 or float32; None is bfloat16.
       recipe: None, or the recipe that the scales must have.
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
         is one and plain JAX elsewhere.
@@ -397,7 +397,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
         padding; where to more, the groups end with the rows.
       group_offsets: integers [G + 1], the first row of each group, then the last one's end. They
         are clamped to [0, K], and one below an earlier one counts as that one.
-      preferred_element_type: the result's dtype, float32 or bfloat16.
+      preferred_element_type: the result's dtype, float32 or bfloat16; None is float32.
       implementation: "cuda" for the kernel, "xla" for plain JAX, None for the kernel where there
         is one and plain JAX elsewhere.
 
@@ -435,7 +435,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
         0,
         c,
         (group_sizes, group_offsets),
-        op.GroupedParams(implementation, out_dtype(name, preferred_element_type)),
+        op.GroupedParams(implementation, out_dtype(name, preferred_element_type, jnp.float32)),
     )
 
 
@@ -478,7 +478,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
         1,
         c,
         (group_sizes, group_offsets),
-        op.GroupedParams(implementation, out_dtype(name, preferred_element_type)),
+        op.GroupedParams(implementation, out_dtype(name, preferred_element_type, jnp.float32)),
     )
 
 
@@ -521,7 +521,7 @@ def k_grouped_bf16_gemm_tn_contiguous(
         0,
         c,
         (group_sizes, group_offsets),
-        op.PlainParams(implementation, out_dtype(name, preferred_element_type)),
+        op.PlainParams(implementation, out_dtype(name, preferred_element_type, jnp.float32)),
     )
 
 
@@ -564,7 +564,7 @@ def k_grouped_bf16_gemm_nt_contiguous(
         1,
         c,
         (group_sizes, group_offsets),
-        op.PlainParams(implementation, out_dtype(name, preferred_element_type)),
+        op.PlainParams(implementation, out_dtype(name, preferred_element_type, jnp.float32)),
     )
 
 

@@ -328,6 +328,13 @@ def test_bad_input(arguments, keywords, error, named):
 
 
 @contiguous
+def test_no_preferred_element_type_is_the_default(form):
+    a, b = form.problem(13, 5, 16, 128, 2)
+    sizes = np.array([2, 3], np.int32)
+    assert form.function(a, b, group_sizes=sizes, preferred_element_type=None).dtype == jnp.bfloat16
+
+
+@contiguous
 def test_no_kernel_and_no_derivative(form):
     a, b = form.problem(12, M, N, K, G)
     sizes = np.array(SIZES[0], np.int32)

@@ -143,6 +143,13 @@ def test_vmap(form, axes):
 
 
 @k_grouped
+def test_no_preferred_element_type_is_the_default(form):
+    a, b = form.sum_problem(8, 16, 16, 20)
+    sizes = np.array([12, 8], np.int32)
+    assert form.function(a, b, group_sizes=sizes, preferred_element_type=None).dtype == jnp.float32
+
+
+@k_grouped
 def test_bad_input(form):
     a, b = form.sum_problem(7, M, N, K)
     sizes = np.zeros(G, np.int32)

@@ -123,6 +123,13 @@ def test_bad_input(form, changed, error, named):
 
 
 @masked
+def test_no_preferred_element_type_is_the_default(form):
+    a, b = form.masked_problem(5, 8, 16, 128, 2)
+    d = form.function(a, b, np.array([2, 3], np.int32), preferred_element_type=None)
+    assert d.dtype == jnp.bfloat16
+
+
+@masked
 def test_operands_that_do_not_fit(form):
     a, b = form.masked_problem(4, M, N, K, G)
     with pytest.raises(ValueError, match=rf"^{form}: a has shape \(37, .* 3 dimensions"):
