@@ -178,8 +178,9 @@ def each(function: Callable, operands: Any) -> Any:
 
 
 def lower_fun(function: Callable) -> Callable:
-    """The lowering of a traceable function that returns a list."""
-    return mlir.lower_fun(function, multiple_results=True)
+    """The lowering of a traceable function that returns a list. It may promote ranks, even in a
+    program that may not."""
+    return mlir.lower_fun(jax.numpy_rank_promotion("allow")(function), multiple_results=True)
 
 
 def _divided(x: jax.Array, sharding: Any) -> jax.Array:

@@ -23,6 +23,7 @@ def rank(values: jax.Array, x: jax.Array) -> jax.Array:
     """How many of `values` [S] each x is not below, int32: `jnp.searchsorted(side="right")`, which
     does not trace where a mesh is partly manual."""
     # All are compared, which XLA does as it counts: bisection is a loop of kernels on a GPU.
+    values = jnp.expand_dims(values, range(x.ndim))
     return (values <= x[..., None]).sum(-1, dtype=jnp.int32)
 
 

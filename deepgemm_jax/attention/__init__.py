@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._core import sums
 from .._core.compat import vary_alike
 from .._core.device import cuda_device
 from ..scaled import ScaledArray, unpack
@@ -243,7 +244,8 @@ def fp8_paged_mqa_logits(
         )
     if lengths.ndim == 1 and lengths.shape == (batch,):
         # A negative one, which may be the least of integers, less something must not wrap around.
-        lengths = jnp.maximum(lengths, 0)[:, None] + jnp.arange(1 - next_n, 1, dtype=lengths.dtype)
+        later = jnp.arange(1 - next_n, 1, dtype=lengths.dtype)[None]
+        lengths = jnp.maximum(lengths, 0)[:, None] + later
     if schedule_meta is not None:
         meta = jnp.asarray(schedule_meta)
         if meta.ndim != 2 or meta.shape[1] != 2 or meta.dtype != jnp.int32:
@@ -320,7 +322,7 @@ def get_paged_mqa_logits_metadata(
     number = jnp.arange(sms + 1, dtype=jnp.int32)
     start = number * each + jnp.minimum(number, rest)
     # To the right of equal ends, past sequences that have no splits.
-    sequence = (ends[1:] <= start[:, None]).sum(1, dtype=jnp.int32)
+    sequence = sums.rank(ends[1:], start)
     return jnp.stack([sequence, start - ends[sequence]], 1)
 
 
@@ -360,7 +362,7 @@ def clean_logits(logits: Any, cu_seq_len_k_start: Any, cu_seq_len_k_end: Any) ->
             raise TypeError(f"{name}: {array} has dtype {x.dtype}, wanted int32")
         if x.shape != logits.shape[:1]:
             raise ValueError(f"{name}: {array} has shape {x.shape}, wanted {logits.shape[:1]}")
-    keys = jnp.arange(logits.shape[1])
+    keys = jnp.arange(logits.shape[1])[None]
     inside = (keys >= start[:, None]) & (keys < end[:, None])
     return jnp.where(inside, logits, -jnp.inf)
 

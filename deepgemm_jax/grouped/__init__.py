@@ -610,7 +610,7 @@ def _masked(which, operands, masked_m, zero_fill, params):
                 f"{which.name}: masked_m has shape {masked_m.shape}, wanted {shape} of booleans"
             )
         counted, mask = masked_m.sum(1, dtype=jnp.int32), masked_m
-        apart = mask != (jnp.arange(shape[1]) < counted[:, None])
+        apart = mask != (jnp.arange(shape[1])[None] < counted[:, None])
         groups.report(which.name, "rows of masked_m that are not their group's first", apart)
         masked_m = counted
     masked_m = groups.integers(which.name, "masked_m", masked_m, shape[:1])
@@ -622,7 +622,7 @@ def _masked(which, operands, masked_m, zero_fill, params):
     d = which(*operands, masked_m, params=params)
     if not zero_fill:
         return d
-    valid = jnp.arange(rows) < masked_m[:, None]
+    valid = jnp.arange(rows)[None] < masked_m[:, None]
     return jnp.where(valid[..., None], d, jnp.zeros((), d.dtype))
 
 

@@ -148,7 +148,7 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any, group_sizes:
     word = jnp.arange(rows // PACKED + len(sizes), dtype=jnp.int32)
     group = jnp.minimum(sums.rank(last_words, word), len(sizes) - 1)
     first = (word - (last_words - words)[group]) * PACKED
-    within = first[:, None] + jnp.arange(PACKED, dtype=jnp.int32)
+    within = first[:, None] + jnp.arange(PACKED, dtype=jnp.int32)[None]
     row = (jnp.cumsum(blocks) - blocks)[group][:, None] + within
     row = jnp.where(within < blocks[group][:, None], row, rows)
     # The scale whose exponent is 0 stands where there is none.
