@@ -142,9 +142,9 @@ def _ragged_all_to_all(x, result, source, target, sizes, me, *, axis):
 def _ragged_all_to_all_by_gather(x, result, source, target, sizes, me, *, axis):
     """For XLA's CPU backend, which has no such collective."""
     everyone = jax.lax.all_gather(x, axis, tiled=True)
-    row = jnp.arange(len(result))[:, None] - target[:, me]
-    index = jnp.arange(len(sizes)) * len(x) + source[:, me] + row
-    index = jnp.where((row >= 0) & (row < sizes[:, me]), index, -1).max(1)
+    row = jnp.arange(len(result))[:, None] - target[None, :, me]
+    index = (jnp.arange(len(sizes)) * len(x) + source[:, me])[None] + row
+    index = jnp.where((row >= 0) & (row < sizes[None, :, me]), index, -1).max(1)
     index = jnp.where(index < 0, len(everyone), index)
     return jnp.take(everyone, index, axis=0, mode="fill", fill_value=0)
 
@@ -176,7 +176,7 @@ def exchange(
     shard = jnp.where(experts >= 0, experts // local, shards)
     # A token's later slots for a shard that it goes to already need no row.
     same = shard[:, :, None] == shard[:, None, :]
-    first = jnp.argmax(same, axis=-1) == jnp.arange(shard.shape[1])
+    first = jnp.argmax(same, axis=-1) == jnp.arange(shard.shape[1])[None]
     shard = jnp.where(first, shard, shards)
     if strategy == "all_to_all":
         return AllToAll(Permutation.of(shard, shards, capacity=room), axis)

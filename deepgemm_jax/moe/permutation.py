@@ -76,7 +76,7 @@ class Permutation:
         key = key.reshape(-1).astype(jnp.int32)
         place = jnp.arange(slots, dtype=jnp.int32)
         key, order = jax.lax.sort(_whole(key, place), num_keys=1)
-        ends = (key < jnp.arange(1, num_groups + 1)[:, None]).sum(1, dtype=jnp.int32)
+        ends = (key[None] < jnp.arange(1, num_groups + 1)[:, None]).sum(1, dtype=jnp.int32)
         starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
         if capacity is None:
             group_sizes = jnp.minimum(ends, rows) - jnp.minimum(starts, rows)

@@ -83,12 +83,12 @@ def route(
         bias = jax.lax.stop_gradient(jnp.asarray(bias)).astype(jnp.float32)
         if bias.shape != (experts,):
             raise ValueError(f"route: bias has shape {bias.shape}, wanted ({experts},)")
-        choice += bias
+        choice += bias[None]
     if n_group > 1:
         choice = choice.reshape(tokens, n_group, of_group)
         best, _ = jax.lax.top_k(choice, min(best_of_group, of_group))
         _, chosen = jax.lax.top_k(best.sum(-1), topk_group)
-        allowed = (chosen[:, :, None] == jnp.arange(n_group)).any(1)
+        allowed = (chosen[:, :, None] == jnp.arange(n_group)[None, None]).any(1)
         choice = jnp.where(allowed[..., None], choice, -jnp.inf).reshape(tokens, experts)
     _, ids = jax.lax.top_k(choice, top_k)
     weights = jnp.take_along_axis(weights, ids, axis=-1)
@@ -134,7 +134,7 @@ def expert_load(experts: Any, num_experts: int) -> jax.Array:
     experts = jnp.asarray(experts)
     if not jnp.issubdtype(experts.dtype, jnp.integer):
         raise TypeError(f"expert_load: experts has dtype {experts.dtype}, wanted integers")
-    chosen = experts[..., None] == jnp.arange(num_experts)
+    chosen = experts[..., None] == jnp.expand_dims(jnp.arange(num_experts), range(experts.ndim))
     return chosen.sum(range(chosen.ndim - 1), dtype=jnp.int32)
 
 

@@ -1,5 +1,7 @@
 """Programs may forbid jax.numpy to promote dtypes and ranks, as JAX's own functions let them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -23,6 +25,7 @@ from deepgemm_jax import (
     ragged_dot,
     swiglu_quantize_backward,
 )
+from deepgemm_jax.moe import MoEParams, moe_layer, route
 
 X, W = jnp.ones((24, 256)), jnp.ones((3, 256, 128))
 SIZES = jnp.array([4, 10, 6])
@@ -47,6 +50,12 @@ def contiguous():
     return m_grouped_fp8_gemm_nt_contiguous(per_token_cast_to_fp8(X), b, group_sizes=SIZES)
 
 
+def mixture(layout):
+    params = MoEParams.init(jax.random.key(0), hidden=256, intermediate=128, experts=4)
+    router = functools.partial(route, top_k=2, n_group=2, topk_group=1)
+    return moe_layer(X, params, router, valid=jnp.arange(24) < 20, layout=layout)
+
+
 CALLS = {
     "dense": lambda: fp8_gemm_nt(per_token_cast_to_fp8(X), per_block_cast_to_fp8(X)),
     "contiguous": contiguous,
@@ -69,6 +78,8 @@ CALLS = {
     "mqa_logits_gradient": lambda: jax.grad(lambda k: mqa_logits(Q, k, WEIGHTS, *SEEN).sum())(KEYS),
     "paged": paged,
     "clean_logits": lambda: clean_logits(jnp.ones((3, 40)), *SEEN),
+    "mixture": lambda: mixture("contiguous"),
+    "masked_mixture": lambda: mixture("masked"),
     "topk": lambda: indexer_topk(FP8, 4, return_scores=True),
 }
 
