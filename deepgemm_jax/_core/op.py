@@ -73,6 +73,8 @@ class Op:
       alone: whether kernels are for calls that are neither divided among devices nor a batch. The
         reference then takes those whole: it is made of other ops, which can be either.
       batched: whether reference and kernel take one batch dim in front of all arrays.
+      join: where they do not, the operands of a batch, with one such dim each -> those of one call,
+        whose results have the batch in their first dims.
       fold: factors into which a batch may be folded, the best first.
       whole: factors that are never divided among devices.
       divide: `(total, params, *operands)` -> list of results, for when a contracted factor is
@@ -94,6 +96,7 @@ class Op:
         limits: Mapping[str, tuple[int, int]] | None = None,
         check: Callable | None = None,
         batched: bool = False,
+        join: Callable | None = None,
         fold: Sequence[str] = (),
         whole: Sequence[str] = (),
         divide: Callable | None = None,
@@ -107,8 +110,9 @@ class Op:
         self.derivative = derivative
         self.check = check
         self.divide = divide
+        self.join = join
         self.signature = Signature(name, operands, results, limits or {})
-        self.batcher = Batcher(self.signature, fold, batched)
+        self.batcher = Batcher(self.signature, fold, batched or join is not None)
         self.whole = {
             *whole,
             *(() if divide else self.signature.contracted),
@@ -181,7 +185,7 @@ class Op:
         function: Callable[..., Any]
         partitioned = compat.partitioned(ctx, division.mesh)
         explicit = compat.explicit_axes(division.mesh)
-        if self.alone and (partitioned or explicit or not self.batcher.is_plain(call)):
+        if self.alone and (partitioned or explicit or call.batch):
             function = functools.partial(self.reference, params)
         elif partitioned:
             function = division.by_compiler(functools.partial(self._piece, params))
@@ -189,11 +193,21 @@ class Op:
             function = division.by_types(functools.partial(self._piece, params))
         elif not self.batcher.is_plain(call):
             function = self.batcher.plain(functools.partial(self.bind, params), call)
+        elif call.batch and self.join:
+            function = functools.partial(self._joined, params, call)
         elif has_kernel and self._kernel_takes(params, ctx.avals_in):
             return self._lower_kernel(ctx, operands, params)
         else:
             function = functools.partial(self.reference, params)
         return compat.lower_fun(function)(ctx, *operands)
+
+    def _joined(self, params, call, *operands):
+        assert self.join is not None
+        results = self.bind(params, self.join(operands))
+        return [
+            y.reshape(call.batch + array.shape(call.sizes))
+            for array, y in zip(self.signature.results, results, strict=True)
+        ]
 
     def _has_kernel(self, arch: str, params: Params, on_gpu: bool) -> bool:
         if params.implementation == "xla" or self.composed:

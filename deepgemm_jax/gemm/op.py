@@ -110,8 +110,6 @@ class Form:
                 return f"rows of {x.shape[-1]} {x.dtype}, which are not 16-byte aligned"
         if params.preferred_element_type not in (jnp.bfloat16, jnp.float32):
             return f"a result of {params.preferred_element_type}"
-        if self.groups != "dense" and a.ndim > (3 if self.groups == "masked" else 2):
-            return "a batch of grouped problems"
         return None
 
 

@@ -87,9 +87,10 @@ def m_grouped_fp8_gemm_nt_contiguous(
       NotImplementedError: `implementation="cuda"` on a device that there is no kernel for; a
         derivative is asked for.
 
-    Under `jax.vmap` a batch of A with one B is one call with more rows. On a mesh M, N, K and the
-    batch may be divided among devices, N and K where whole blocks of 128 fall to each; dividing K
-    costs a psum of float32 parts. To divide the groups, see `ragged_dot`'s `group_offset`.
+    Under `jax.vmap` a batch of A with one B is one call with more rows, any other one with more
+    groups. On a mesh M, N, K and the batch may be divided among devices, N and K where whole blocks
+    of 128 fall to each; dividing K costs a psum of float32 parts. To divide the groups, see
+    `ragged_dot`'s `group_offset`.
 
     The name and `m_indices` are those of DeepGEMM's function of this name.
 
@@ -415,7 +416,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
         derivative is asked for.
 
     Under `jax.vmap` a batch of A with one B is one call with more columns, as is one of B with one
-    A. On a mesh G, M, N and the batch may be divided among devices.
+    A; any other one with more groups. On a mesh G, M, N and the batch may be divided among devices.
 
     The name is DeepGEMM's.
 

@@ -18,6 +18,7 @@ from .._core.op import Derivative, Op, Params
 from ..gemm.layouts import transposed
 from ..gemm.op import FP8, Form
 from ..gemm.recipes import Pair, of_rows, scales_of
+from ..scaled import BLOCK
 from . import groups, reference
 
 
@@ -74,11 +75,38 @@ def _by_transposing(nt: Op, *positions: int) -> dict[str, Any]:
             arrays[i : i + 2] = x.data, scale if of_rows else x.scale
         return nt.bind(params, arrays)
 
-    return {"reference": reference, "composed": True}
+    return {"reference": reference, "composed": True, "batched": True}
 
 
-def _by_kernel(form: Form, reference) -> dict[str, Any]:
-    return {"reference": reference, "kernel": form.kernel()}
+def _join_rows(operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """Of A, B and ids [batch, M]: a batch's rows one after the other, and all of its groups."""
+    *others, b, ids = operands
+    first = b.shape[1] * jnp.arange(len(ids), dtype=jnp.int32)[:, None]
+    ids = jnp.where(ids < 0, groups.PADDING, ids + first)
+    return [jax.lax.collapse(x, 0, 2) for x in (*others, b, ids)]
+
+
+def _join_along_k(operands: Sequence[jax.Array], *, axis: int, scaled: bool) -> list[jax.Array]:
+    """The same where groups are parts of K, dim `axis` of A and B."""
+    count = 4 if scaled else 2
+    arrays, (starts, ends, *c) = operands[:count], operands[count:]
+
+    k = arrays[0].shape[1 + axis]
+    if scaled:
+        # Each of the batch has blocks of its own.
+        missing = [(0, 0), (0, 0)]
+        missing.insert(1 + axis, (0, -k % BLOCK))
+        arrays = [jnp.pad(x, missing) if i % 2 == 0 else x for i, x in enumerate(arrays)]
+        k += -k % BLOCK
+    first = k * jnp.arange(len(starts), dtype=jnp.int32)[:, None]
+    return [
+        *(jax.lax.collapse(jnp.moveaxis(x, 0, axis), axis, axis + 2) for x in arrays),
+        *(jax.lax.collapse(x, 0, 2) for x in (starts + first, ends + first, *c)),
+    ]
+
+
+def _by_kernel(form: Form, reference, **options: Any) -> dict[str, Any]:
+    return {"reference": reference, "kernel": form.kernel(), **options}
 
 
 class Contiguous(NamedTuple):
@@ -99,7 +127,6 @@ def _contiguous(
         "results": {"d": "preferred_element_type[m n]"},
         "limits": limits,
         "derivative": derivative,
-        "batched": True,
         "fold": ("m", "n"),
         "whole": ("g",),
         "divide": _divide_k,
@@ -113,7 +140,7 @@ def _contiguous(
         m_indices = jnp.vectorize(ids, signature="(g),(g)->(m)")(starts, ends)
         return op_by_id.bind(params, [*others, m_indices])
 
-    in_order = {"reference": by_finding_ids, **in_order}
+    in_order = {"reference": by_finding_ids, "batched": True, **in_order}
     return Contiguous(
         op_by_id, Op(name, operands={**a, **b, **told[1]}, alone=True, **in_order, **rest)
     )
@@ -129,7 +156,6 @@ def _k_grouped(
         limits=limits,
         **how,
         derivative=derivative,
-        batched=True,
         fold=("m", "n"),
     )
 
@@ -161,7 +187,7 @@ C = {"c?": "preferred_element_type[g m n]"}
 def _rows(reference: Callable, **form: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """How a contiguous product in both spellings is computed."""
     by_id, in_order = (Form(groups="contiguous", by_id=by_id, **form) for by_id in (True, False))
-    return _by_kernel(by_id, reference), {"kernel": in_order.kernel()}
+    return _by_kernel(by_id, reference, join=_join_rows), {"kernel": in_order.kernel()}
 
 
 ROWS_NT, ROWS_NN = (
@@ -176,6 +202,7 @@ SUMS_TN, SUMS_NT = (
     _by_kernel(
         Form("none", "along_k", a_mn_major=axis == 0, b_mn_major=axis == 0),
         functools.partial(reference.k_grouped, axis=axis),
+        join=functools.partial(_join_along_k, axis=axis, scaled=False),
     )
     for axis in (0, 1)
 )
@@ -266,7 +293,11 @@ k_grouped_fp8_gemm_nt_contiguous = _k_grouped(
     _fp8("a", "m k", "m k/128"),
     _fp8("b", "n k", "n k/128"),
     C,
-    _by_kernel(Form("channels", "along_k"), reference.fp8_k_grouped),
+    _by_kernel(
+        Form("channels", "along_k"),
+        reference.fp8_k_grouped,
+        join=functools.partial(_join_along_k, axis=1, scaled=True),
+    ),
     QUANTISED,
     K_LIMITS,
 )

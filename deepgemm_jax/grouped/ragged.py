@@ -73,8 +73,8 @@ def ragged_dot(
         for of float8 data with their scales.
 
     For arrays there are derivatives of any order, in both modes, themselves made of grouped
-    products. Under `jax.vmap` a batch of `lhs` is one call with more rows. M, N and K may be
-    divided on a mesh.
+    products. Under `jax.vmap` a batch of `lhs` is one call with more rows, any other one with
+    more groups. M, N and K may be divided on a mesh.
 
     Example:
 

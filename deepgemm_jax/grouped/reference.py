@@ -4,7 +4,6 @@ All work through tiles of rows of one group each, as a kernel does: work and mem
 rows that there are, not of all rows for each group, however the groups' sizes are drawn.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,18 +36,6 @@ def _dot(x, y, axes, precision, dtype):
     return jax.lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), precision=precision)
 
 
-def _one_or_batch(function: Callable) -> Callable:
-    """A reference for one problem made one for a batch of them too, as the first operand says."""
-
-    @functools.wraps(function)
-    def either(params, *operands, **layout):
-        if operands[0].ndim == 2:
-            return function(params, *operands, **layout)
-        return compat.each(lambda xs: function(params, *xs, **layout), operands)
-
-    return either
-
-
 def _rows_by_tile(params: Any, ids: jax.Array, groups: int, n: int, product: Callable) -> list:
     """D from `product(rows, group)`, the rows of D that belong to a tile of rows of one group."""
     dtype = params.preferred_element_type
@@ -79,7 +66,6 @@ def _rows_by_tile(params: Any, ids: jax.Array, groups: int, n: int, product: Cal
     return [jnp.where((ids < 0)[:, None], jnp.zeros((), dtype), d)]
 
 
-@_one_or_batch
 def fp8_contiguous(params, a, a_scale, b, b_scale, ids, *, scales):
     dense = of_form(scales, False, False)
 
@@ -90,7 +76,6 @@ def fp8_contiguous(params, a, a_scale, b, b_scale, ids, *, scales):
     return _rows_by_tile(params, ids, groups, n, product)
 
 
-@_one_or_batch
 def contiguous(params, a, b, ids, *, transpose_b):
     """The same in the dtypes that there are; `b` is [G, K, N] if `transpose_b`, else [G, N, K]."""
     n = b.shape[2 if transpose_b else 1]
@@ -140,7 +125,6 @@ def _sum_by_tile(
     return [d.astype(params.preferred_element_type)]
 
 
-@_one_or_batch
 def fp8_k_grouped(params, a, a_scale, b, b_scale, starts, ends, c=None):
     (m, k), n = a.shape, b.shape[0]
 
@@ -155,7 +139,6 @@ def fp8_k_grouped(params, a, a_scale, b, b_scale, starts, ends, c=None):
     return _sum_by_tile(params, (a, a_scale, b, b_scale), k, starts, ends, d, product)
 
 
-@_one_or_batch
 def k_grouped(params, a, b, starts, ends, c=None, *, axis):
     """The same in the dtypes that there are; K is dim `axis` of both operands."""
     k, m, n = a.shape[axis], a.shape[1 - axis], b.shape[1 - axis]

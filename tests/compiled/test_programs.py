@@ -67,6 +67,25 @@ def test_a_batch_is_one_call():
     assert kernels(compiled(dot, batch, matrices, SIZES)) == ["gemm"]
 
 
+def test_a_batch_of_grouped_problems_is_one_call():
+    lhs, rhs = (Array((3, *x), jnp.bfloat16) for x in ((256, 512), (G, 512, 128)))
+    sizes = Array((3, G), jnp.int32)
+
+    def total(lhs, rhs, sizes):
+        return (jax.vmap(dg.ragged_dot)(lhs, rhs, sizes).astype(jnp.float32) ** 2).sum()
+
+    gradients = compiled(jax.grad(total, (0, 1)), lhs, rhs, sizes)
+    assert kernels(gradients) == ["gemm"] * 3
+
+    a, b = (
+        dg.ScaledArray(Array((3, n, 400), FP8), Array((3, n, 4), jnp.float32)) for n in (64, 32)
+    )
+    sums = jax.vmap(
+        lambda a, b, sizes: dg.k_grouped_fp8_gemm_nt_contiguous(a, b, group_sizes=sizes)
+    )
+    assert kernels(compiled(sums, a, b, sizes)) == ["gemm"]
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_indexer_compiles(dtype):
     q, kv = Array((8, 64, 128), FP8), (Array((512, 128), FP8), Array((512,), jnp.float32))

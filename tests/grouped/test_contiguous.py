@@ -249,9 +249,10 @@ def test_groups_in_order_need_ids_only_where_rows_are_divided_or_batched(mesh, f
         assert by_id(by_sizes, a, b, sizes) == ["true"]
 
 
+@on_each_platform
 @two
 @pytest.mark.parametrize("axes", [(0, None, 0), (0, 0, 0), (None, 0, None)])
-def test_vmap(form, axes):
+def test_vmap(platform, form, axes):
     batch = 3
     a, b = form.problem(10, 40, 128, 144, G, (batch,))
     sizes = np.array([[20, 13, 0, 7], [0, 0, 5, 60], [1, 2, 3, 4]], np.int32)
@@ -260,12 +261,12 @@ def test_vmap(form, axes):
     def gemm(a, b, sizes):
         return form.function(a, b, group_sizes=sizes)
 
-    d = jax.jit(jax.vmap(gemm, axes))(*operands)
+    d = jax.jit(jax.vmap(gemm, axes))(*put(operands, platform))
     for i in range(batch):
         a, b, sizes = (
             pick(x, i) if axis == 0 else x for x, axis in zip(operands, axes, strict=True)
         )
-        assert_close(d[i], form.expected(a, b, ids(sizes, 40)))
+        assert_close(d[i], form.expected(a, b, ids(sizes, 40)), platform)
 
 
 def test_vmap_of_rows_makes_no_copies_of_the_matrices():

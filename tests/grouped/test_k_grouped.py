@@ -122,9 +122,10 @@ def test_sizes_are_data(form):
     assert len(traces) == 1
 
 
+@on_each_platform
 @forms("k_grouped_fp8_gemm_tn_contiguous", "k_grouped_bf16_gemm_nt_contiguous")
 @pytest.mark.parametrize("axes", [(0, 0, 0, 0), (0, None, None, None), (None, 0, 0, None)])
-def test_vmap(form, axes):
+def test_vmap(platform, form, axes):
     a, b = form.sum_problem(6, M, N, K, (2,))
     c, sizes = random_c(6, 2), np.array([[20, 13, 0, 37], [0, 0, 5, 90]], np.int32)
     operands = [
@@ -134,12 +135,12 @@ def test_vmap(form, axes):
     def gemm(a, b, c, sizes):
         return form.function(a, b, c, group_sizes=sizes)
 
-    d = jax.jit(jax.vmap(gemm, axes))(*operands)
+    d = jax.jit(jax.vmap(gemm, axes))(*put(operands, platform))
     for i in range(2):
         a, b, c, sizes = (
             pick(x, i) if axis == 0 else x for x, axis in zip(operands, axes, strict=True)
         )
-        assert_close(d[i], form.expected_sums(a, b, spans(sizes, K), c))
+        assert_close(d[i], form.expected_sums(a, b, spans(sizes, K), c), platform)
 
 
 @k_grouped
