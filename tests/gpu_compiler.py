@@ -75,13 +75,3 @@ def compiled(function: Callable, *operands: Any, **options: Any) -> jax.stages.C
 def kernels(program: jax.stages.Compiled) -> list[str]:
     """The package's kernels that the program calls."""
     return re.findall(r'custom_call_target="deepgemm_jax_(\w+)"', program.as_text())
-
-
-def peak_bytes(program: jax.stages.Compiled) -> int:
-    memory = program.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 
 
 def spans(sizes: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """Sums along the last axis before each of these sizes, and with it, both cut at `most`.
+    """First row and end of each group, for sizes [..., G] of groups that follow each other.
 
-    The sizes are int32 from 0 to `most` < 2³⁰.
+    A negative size counts as 0. Where the sizes add up to more than `most` < 2³⁰, the groups end
+    with that.
     """
+    sizes = clamp(sizes, most)
     axis = sizes.ndim - 1
     if sizes.shape[axis] * most < 2**31:
         ends = jax.lax.cumsum(sizes, axis)

@@ -245,12 +245,9 @@ def fp8_gemm_1d1d(
         >>> print(d.dtype, d[0, 0])
         float32 65.0
     """
-    if preferred_element_type is None:
-        preferred_element_type = jnp.float32
-    recipe = (1, 1, BLOCK)
-    return _fp8(
-        "fp8_gemm_1d1d", "nt", a, b, c, preferred_element_type, recipe, config, implementation
-    )
+    name, recipe = "fp8_gemm_1d1d", (1, 1, BLOCK)
+    dtype = op.out_dtype(name, preferred_element_type, jnp.float32)
+    return _fp8(name, "nt", a, b, c, dtype, recipe, config, implementation)
 
 
 def bf16_gemm_nt(

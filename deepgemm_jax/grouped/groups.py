@@ -25,17 +25,9 @@ def _warn(op: str, what: str, count: Any) -> None:
         logger.warning("%s: %s: %d of them", op, what, count)
 
 
-def spans(sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """First row and end of each group, for sizes [..., G] of groups that follow each other.
-
-    A negative size counts as 0. Where the sizes add up to more than there are rows, the groups end
-    with the rows.
-    """
-    return sums.spans(sums.clamp(sizes, rows), rows)
-
-
 def spans_of_offsets(offsets: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The same from G + 1 offsets. A group whose end is before its start is empty."""
+    """First row and end of each group from G + 1 offsets; one whose end is before its start is
+    empty."""
     offsets = jax.lax.cummax(sums.clamp(offsets, rows))
     return offsets[:-1], offsets[1:]
 
@@ -83,7 +75,7 @@ def row_spans(
         wanted = None if groups is None else (groups,)
         sizes = compat.whole(integers(op, "group_sizes", group_sizes, wanted))
         report_sizes(op, sizes, rows)
-        return spans(sizes, rows)
+        return sums.spans(sizes, rows)
     wanted = None if groups is None else (groups + 1,)
     offsets = compat.whole(integers(op, "group_offsets", group_offsets, wanted))
     if not offsets.size:

@@ -90,15 +90,11 @@ def _join_along_k(operands: Sequence[jax.Array], *, axis: int, scaled: bool) -> 
     """The same where groups are parts of K, dim `axis` of A and B."""
     count = 4 if scaled else 2
     arrays, (starts, ends, *c) = operands[:count], operands[count:]
-
-    k = arrays[0].shape[1 + axis]
     if scaled:
-        # Each of the batch has blocks of its own.
-        missing = [(0, 0), (0, 0)]
-        missing.insert(1 + axis, (0, -k % BLOCK))
+        # K is last, and each of the batch has blocks of its own.
+        missing = [(0, 0), (0, 0), (0, -arrays[0].shape[2] % BLOCK)]
         arrays = [jnp.pad(x, missing) if i % 2 == 0 else x for i, x in enumerate(arrays)]
-        k += -k % BLOCK
-    first = k * jnp.arange(len(starts), dtype=jnp.int32)[:, None]
+    first = arrays[0].shape[1 + axis] * jnp.arange(len(starts), dtype=jnp.int32)[:, None]
     return [
         *(jax.lax.collapse(jnp.moveaxis(x, 0, axis), axis, axis + 2) for x in arrays),
         *(jax.lax.collapse(x, 0, 2) for x in (starts + first, ends + first, *c)),

@@ -340,7 +340,7 @@ def _spans(
     outside = outer if dims.ragged in dims.l_batch else (*dims.l_batch, *outer)
     shape = (*(lhs_shape[i] for i in outside), group_sizes.shape[-1])
     rows = lhs_shape[dims.ragged]
-    first, last = groups.spans(jnp.broadcast_to(group_sizes, shape), rows)
+    first, last = sums.spans(jnp.broadcast_to(group_sizes, shape), rows)
     if group_offset is None:
         return first, last
     if dims.group:

@@ -96,7 +96,7 @@ def per_block_cast_both_ways(params, x):
 
 def rows_of_groups(sizes: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
     """The first row of each group, and its number of rows: no group reaches past the last of M."""
-    starts, ends = sums.spans(jnp.clip(sizes, 0, m), m)
+    starts, ends = sums.spans(sizes, m)
     return starts, ends - starts
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._core import compat
+from .._core import compat, sums
 from ..gemm import bf16_gemm_nn, bf16_gemm_nt, bf16_gemm_tn, fp8_gemm_1d1d, fp8_gemm_1d2d
 from ..grouped import (
     groups,
@@ -44,7 +44,7 @@ class Groups:
         """How a grouped product is told which rows are whose, if the groups have these sizes."""
         if self.first is None:
             return {"group_sizes": sizes}
-        starts, ends = groups.shard(*groups.spans(sizes, rows), rows, self.first, self.count)
+        starts, ends = groups.shard(*sums.spans(sizes, rows), rows, self.first, self.count)
         return {"group_offsets": jnp.concatenate([starts[:1], ends])}
 
 
