@@ -69,6 +69,12 @@ struct RowsConfig {
   }
 };
 
+// What warps tell each other of the columns of so many tiles, elements of which have so many bytes:
+// each warp's largest, and what is divided by.
+constexpr int column_scales_bytes(int element, int tiles) {
+  return tiles * kBlock * (256 / 32 * element + 4);
+}
+
 // What sm90_tiles.cuh quantises: with a scale for 128 rows of a column; for 128 x 128; x and its
 // transposed, for 128 columns of a row and for 128 rows of a column; or both for 128 x 128.
 enum Tiling : int { kPerChannel, kPerBlock, kBothWays, kPerBlockBothWays };
@@ -97,8 +103,10 @@ struct TilesConfig {
   }
 
   constexpr int threads() const { return 256; }
-  // What warps tell each other of columns, and the tile on its way to the transposed.
-  constexpr int smem_bytes() const { return (threads() / 32 + 1) * kBlock * 4 + kBlock * kBlock; }
+  // What warps tell each other, and the tile on its way to the transposed.
+  constexpr int smem_bytes() const {
+    return column_scales_bytes(float32 ? 4 : 2, 1) + kBlock * kBlock;
+  }
   // One for each tile, and one for each 128 rows of x, which may be of no group.
   constexpr int ctas(const TilesParams& p) const {
     return p.tiles.count() + (p.group_sizes ? p.tiles.batch * ceil_div(p.m, kBlock) : 0);

@@ -38,13 +38,13 @@ __forceinline__ void clear(const TilesParams& p, int tile) {
   }
 }
 
+using Input = Vector<config.float32>;
+
 struct Shared {
-  ColumnScales of_columns;
+  ColumnScales<Input, 1> of_columns;
   uint2 columns[kBlock][16];  // of the transposed, 8 bytes of it for each 8 rows of x
 };
 static_assert(sizeof(Shared) == config.smem_bytes() && config.threads() == kWarps * 32);
-
-using Input = Vector<config.float32>;
 
 struct Tile {
   const TilesParams& p;
@@ -81,9 +81,12 @@ struct Tile {
 
   // Of the tile's columns, to an array of all scales of such.
   __forceinline__ void scale_columns(float* scales, float (&of_column)[kVector]) {
-    float* scale = scales + ((long long)batch * p.tiles.rows + t) * p.k + k0;
-    quantize::scale_columns<config.e5m2>(shared.of_columns, x, column, scale, p.k - k0, p.round_up,
-                                         of_column);
+    float* scale_at = scales + ((long long)batch * p.tiles.rows + t) * p.k + k0;
+    shared.of_columns.give(0, largest_of_columns(x));
+    shared.of_columns.find<config.e5m2>(p.round_up, [&](int own, float scale) {
+      if (k0 + own < p.k) scale_at[own] = scale;
+    });
+    shared.of_columns.read(0, of_column);
   }
 
   __forceinline__ void quantise_columns() {
@@ -96,7 +99,7 @@ struct Tile {
     float amax = largest_of_columns(x).amax();
     amax = larger(amax, __shfl_xor_sync(0xffffffff, amax, 16));
     const float of_lanes[] = {amax};
-    float* of_warps = shared.of_columns.amax[0];
+    float* of_warps = shared.of_columns.reciprocal;
     of_warps[threadIdx.x / 32] = reduce_over_16_lanes(of_lanes, larger);
     __syncthreads();
 #pragma unroll
@@ -113,10 +116,11 @@ struct Tile {
 
   // Writes the scales of the thread's rows; lane i of 8 gets the reciprocal of row i's.
   __forceinline__ float scale_rows() const {
-    float amax[kRows];
+    Input::Largest of_rows[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) amax[i] = x[i].amax();
-    const float scale = scale_of<config.e5m2>(reduce_over_16_lanes(amax, larger), p.round_up);
+    for (int i = 0; i < kRows; ++i) of_rows[i] = x[i].largest();
+    const float amax = Input::amax(reduce_over_16_lanes(of_rows, Input::larger_of));
+    const float scale = scale_of<config.e5m2>(amax, p.round_up);
     const int own = row + threadIdx.x % kRows;
     if (threadIdx.x % 16 < kRows && own < rows)
       p.scale[((long long)batch * p.tiles.columns + k0 / kBlock) * p.m + m0 + own] = scale;

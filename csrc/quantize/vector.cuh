@@ -24,16 +24,29 @@ struct Vector<false> {
   __forceinline__ float operator[](int i) const {
     return __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000 : pairs[i / 2] << 16);
   }
+  static __forceinline__ float number(Element x) { return __uint_as_float(uint32_t(x) << 16); }
   // Of each two elements the larger one, but for its sign.
   __forceinline__ void take_larger(const Vector& other) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = larger_bfloat16s(pairs[i], other.pairs[i]);
   }
-  __forceinline__ float amax() const {
-    const uint32_t pair = larger_bfloat16s(larger_bfloat16s(pairs[0], pairs[1]),
-                                           larger_bfloat16s(pairs[2], pairs[3]));
-    return larger(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+  // The same of what lane `lane ^ bits` has.
+  __forceinline__ void take_larger_of_lane(int bits) {
+#pragma unroll
+    for (uint32_t& pair : pairs) {
+      pair = larger_bfloat16s(pair, __shfl_xor_sync(0xffffffff, pair, bits));
+    }
   }
+  // The largest of the even elements and that of the odd ones.
+  using Largest = uint32_t;
+  static __forceinline__ Largest larger_of(Largest x, Largest y) { return larger_bfloat16s(x, y); }
+  static __forceinline__ float amax(Largest x) {
+    return larger(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
+  }
+  __forceinline__ Largest largest() const {
+    return larger_of(larger_of(pairs[0], pairs[1]), larger_of(pairs[2], pairs[3]));
+  }
+  __forceinline__ float amax() const { return amax(largest()); }
 };
 
 template <>
@@ -52,34 +65,43 @@ struct Vector<true> {
     }
   }
   __forceinline__ float operator[](int i) const { return elements[i]; }
+  static __forceinline__ float number(Element x) { return x; }
   __forceinline__ void take_larger(const Vector& other) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) elements[i] = larger(elements[i], other.elements[i]);
   }
-  __forceinline__ float amax() const {
-    float result = elements[0];
+  __forceinline__ void take_larger_of_lane(int bits) {
+#pragma unroll
+    for (float& x : elements) x = larger(x, __shfl_xor_sync(0xffffffff, x, bits));
+  }
+  using Largest = float;
+  static __forceinline__ Largest larger_of(Largest x, Largest y) { return larger(x, y); }
+  static __forceinline__ float amax(Largest x) { return x; }
+  __forceinline__ Largest largest() const {
+    Largest result = elements[0];
 #pragma unroll
     for (int i = 1; i < kVector; ++i) result = larger(result, elements[i]);
     return result;
   }
+  __forceinline__ float amax() const { return largest(); }
 };
 
 // Reduces `count` values of each lane, a power of two, over 16 lanes: lane l gets the result of
 // value l % count. Two lanes first share out their values between them, then four, and so on.
-template <int step = 1, class Reduce, int count>
-__forceinline__ float reduce_over_16_lanes(const float (&x)[count], Reduce reduce) {
+template <int step = 1, class T, class Reduce, int count>
+__forceinline__ T reduce_over_16_lanes(const T (&x)[count], Reduce reduce) {
   if constexpr (step == 16) {
     return x[0];
   } else if constexpr (count == 1) {
-    const float y[] = {reduce(x[0], __shfl_xor_sync(0xffffffff, x[0], step))};
+    const T y[] = {reduce(x[0], __shfl_xor_sync(0xffffffff, x[0], step))};
     return reduce_over_16_lanes<2 * step>(y, reduce);
   } else {
     const bool odd = threadIdx.x & step;
-    float y[count / 2];
+    T y[count / 2];
 #pragma unroll
     for (int i = 0; i < count / 2; ++i) {
-      const float kept = odd ? x[2 * i + 1] : x[2 * i];
-      const float given = odd ? x[2 * i] : x[2 * i + 1];
+      const T kept = odd ? x[2 * i + 1] : x[2 * i];
+      const T given = odd ? x[2 * i] : x[2 * i + 1];
       y[i] = reduce(kept, __shfl_xor_sync(0xffffffff, given, step));
     }
     return reduce_over_16_lanes<2 * step>(y, reduce);

@@ -60,9 +60,10 @@ struct SwigluBackward {
   static constexpr const char* kSource = "training/sm90_swiglu_backward.cuh";
 
   constexpr int threads() const { return 256; }
-  // The tile of each result in bfloat16, and what warps tell each other of columns.
+  // Two tiles in bfloat16, two in FP8 on their way to the transposed, and what warps tell each
+  // other.
   constexpr int smem_bytes() const {
-    return 3 * 2 * kBlock * kBlock + (threads() / 32 + 1) * kBlock * 4;
+    return 2 * (2 + 1) * kBlock * kBlock + quantize::column_scales_bytes(2, 3);
   }
   // One for each tile, and one for each 128 rows, which may be of no group.
   constexpr int ctas(const Params& p) const {

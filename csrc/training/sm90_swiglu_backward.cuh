@@ -7,10 +7,11 @@
 // by tiles of 128 x 128, of which gate and up are given in FP8:
 //
 //                8 columns
-//   8 rows    thread 0  | 1 | ... | 15      A thread computes 8 rows of 8 columns of each result.
-//             thread 16 | ...               Results are rounded to bfloat16 and quantised in turn,
-//             ...                           while the others wait in shared memory. Eight rows of
-//             thread 240 | ...              a column are 8 bytes of the transposed.
+//   8 rows    thread 0  | 1 | ... | 15      A thread computes 8 rows of 8 columns of each result,
+//             thread 16 | ...               rounds them to bfloat16, and keeps d_gate in registers
+//             ...                           and the others in shared memory until the scales of
+//             thread 240 | ...              all three are known. Then they are quantised in turn.
+//                                           Eight rows of a column are 8 bytes of the transposed.
 //
 // Rows belong to groups, as quantize/sm90_tiles.cuh has them.
 #pragma once
@@ -34,19 +35,20 @@ __forceinline__ uint4 bits(const Row& x) {
   return {x.pairs[0], x.pairs[1], x.pairs[2], x.pairs[3]};
 }
 
-// A thread's own rows of these wait here. They are computed in the place of what they are made of,
-// and d_gate, the first to be quantised, where afterwards columns are.
-enum Place { kDGate, kDUp, kY, kPlaces, kDy = kDUp, kH = kY };
+enum Result { kDGate, kDUp, kY, kResults };
 
-struct Shared {
-  uint4 rows[kPlaces][kRows][config.threads()];
-  quantize::ColumnScales of_columns;
-};
-static_assert(sizeof(Shared) == config.smem_bytes());
+// A thread's own rows of d_up and y wait where those of dy and h were, of which they are computed.
+enum Place { kOfDUp, kOfY, kPlaces, kDy = kOfDUp, kH = kOfY };
 
 // Of the transposed, eight bytes for each eight rows.
 using Columns = uint2[kBlock][kBlock / kRows];
-static_assert(sizeof(Columns) <= sizeof(Shared::rows[kDGate]));
+
+struct Shared {
+  uint4 rows[kPlaces][kRows][config.threads()];
+  Columns columns[2];  // of two results in turn
+  quantize::ColumnScales<Row, kResults> of_columns;
+};
+static_assert(sizeof(Shared) == config.smem_bytes());
 
 // Zeros for the rows of no group among 128.
 __forceinline__ void clear(const SwigluBackwardParams& p, int tile) {
@@ -71,7 +73,8 @@ struct Tile {
   int batch, m0, rows, k0;  // of dy
   int t;                    // the tile's number along the transposed
   int row, column;          // the thread's first, in the tile
-  Row result[kRows];
+  Row result[kRows];        // what is being quantised
+  float of_row[2];  // reciprocals of scales of d_gate and d_up; lane l of 16 has row l % 8's
 
   // Where the thread's first row is in a matrix that is so wide.
   __forceinline__ long long at(int width) const {
@@ -98,6 +101,7 @@ struct Tile {
     }
   }
 
+  // d_gate is left in `result`, d_up and y in their places.
   __forceinline__ void compute() {
     // Lane l of 16 has what row l % 8 is multiplied by.
     const int own = row + threadIdx.x % kRows;
@@ -107,14 +111,17 @@ struct Tile {
       scales[1] = p.h_scale[scale_at(1) + own];
       if (p.weights) weight = p.weights[(long long)batch * p.m + m0 + own];
     }
+    const float weighted_scale = scales[1] * weight;
     wait_for_copies();
     float sums[kRows];
+    Row::Largest of_rows[2][kRows];
+    Row of_columns[kResults];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const Row dy = waiting(kDy, i);
       const uint4 h = shared.rows[kH][i][threadIdx.x];
       const float of_gate = __shfl_sync(0xffffffff, scales[0], i, 16);
-      const float of_up = __shfl_sync(0xffffffff, scales[1], i, 16);
+      const float of_up = __shfl_sync(0xffffffff, weighted_scale, i, 16);
       const float of_row = __shfl_sync(0xffffffff, weight, i, 16);
       const uint32_t gates[] = {h.x, h.y}, ups[] = {h.z, h.w};
       Row d_gate, d_up, y;
@@ -128,25 +135,51 @@ struct Tile {
         for (int odd = 0; odd < 2; ++odd) {
           const quantize::Activated f =
               quantize::activate<quantize::kSilu>((odd ? gate.y : gate.x) * of_gate);
-          const float x = (odd ? up.y : up.x) * of_up, d = dy[j + odd] * of_row;
-          ys[odd] = f.value * x;
-          sums[i] += dy[j + odd] * ys[odd];
-          ys[odd] *= of_row;
-          d_gates[odd] = d * x * f.slope;
-          d_ups[odd] = d * f.value;
+          const float unscaled = odd ? up.y : up.x, weighted = unscaled * of_up;
+          const float d = dy[j + odd] * f.value;
+          sums[i] += d * unscaled;
+          d_gates[odd] = dy[j + odd] * weighted * f.slope;
+          d_ups[odd] = d * of_row;
+          ys[odd] = f.value * weighted;
         }
         d_gate.pairs[j / 2] = pack_bfloat16(d_gates[0], d_gates[1]);
         d_up.pairs[j / 2] = pack_bfloat16(d_ups[0], d_ups[1]);
         y.pairs[j / 2] = pack_bfloat16(ys[0], ys[1]);
       }
-      shared.rows[kDGate][i][threadIdx.x] = bits(d_gate);
-      shared.rows[kDUp][i][threadIdx.x] = bits(d_up);
-      shared.rows[kY][i][threadIdx.x] = bits(y);
+      of_rows[1][i] = d_up.largest();
+      of_columns[kDUp].take_larger(d_up);
+      of_columns[kY].take_larger(y);
+      result[i] = d_gate;
+      shared.rows[kOfDUp][i][threadIdx.x] = bits(d_up);
+      shared.rows[kOfY][i][threadIdx.x] = bits(y);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) of_rows[0][i] = result[i].largest();
+    of_columns[kDGate] = quantize::largest_of_columns(result);
+    const bool writes = threadIdx.x % 16 < kRows && own < rows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float amax = Row::amax(reduce_over_16_lanes(of_rows[half], Row::larger_of));
+      const float scale = quantize::scale_of<false>(amax, 0);
+      if (writes) p.dh_scale[scale_at(half) + own] = scale;
+      of_row[half] = __frcp_rn(scale);
     }
     const float sum = reduce_over_16_lanes(sums, [](float x, float y) { return x + y; });
-    if (threadIdx.x % 16 < kRows && own < rows) {
-      p.d_weights[((long long)batch * p.m + m0 + own) * p.tiles.columns + k0 / kBlock] = sum;
+    if (writes) {
+      p.d_weights[((long long)batch * p.m + m0 + own) * p.tiles.columns + k0 / kBlock] =
+          sum * scales[1];
     }
+#pragma unroll
+    for (int i = 0; i < kResults; ++i) shared.of_columns.give(i, of_columns[i]);
+    const long long t_tile = (long long)batch * p.tiles.rows + t;
+    shared.of_columns.find<false>(0, [&](int own, float scale) {
+      const int which = own / kBlock, column = k0 + own % kBlock;
+      if (which == kY) {
+        p.t_y_scale[t_tile * p.k + column] = scale;
+      } else {
+        p.t_dh_scale[(t_tile * 2 + which) * p.k + column] = scale;
+      }
+    });
   }
 
   __forceinline__ Row waiting(Place place, int i) const {
@@ -159,30 +192,21 @@ struct Tile {
     for (int i = 0; i < kRows; ++i) result[i] = waiting(place, i);
   }
 
-  __forceinline__ void quantise_rows(int half) {
-    float amax[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) amax[i] = result[i].amax();
-    const float scale = quantize::scale_of<false>(reduce_over_16_lanes(amax, larger), 0);
-    const int own = row + threadIdx.x % kRows;
-    if (threadIdx.x % 16 < kRows && own < rows) p.dh_scale[scale_at(half) + own] = scale;
-    const float reciprocal = __frcp_rn(scale);
+  __forceinline__ void quantise_rows(int half) const {
     unsigned char* address = p.dh + at(2 * p.k) + half * p.k;
 #pragma unroll
     for (int i = 0; i < kRows; ++i, address += 2 * p.k) {
-      const float same = __shfl_sync(0xffffffff, reciprocal, i, 16);
+      const float same = __shfl_sync(0xffffffff, of_row[half], i, 16);
       const uint2 bytes = quantize::quantised<false>(result[i], [&](int) { return same; });
       if (row + i < rows) *reinterpret_cast<uint2*>(address) = bytes;
     }
   }
 
-  // To `data` [columns, t_rows] and `scale`, of which the tile begins at column `first`.
-  __forceinline__ void quantise_columns(unsigned char* data, float* scale, int first) {
+  // To the tile's columns of `data` [columns, t_rows].
+  __forceinline__ void quantise_columns(Result which, unsigned char* data) {
     float of_column[kVector];
-    quantize::scale_columns<false>(shared.of_columns, result, column, scale + first, kBlock, 0,
-                                   of_column);
-
-    Columns& columns = *reinterpret_cast<Columns*>(shared.rows[kDGate]);
+    shared.of_columns.read(which, of_column);
+    Columns& columns = shared.columns[which % 2];
     // Where they are depends on the column, so that threads of a row do not meet in a bank.
     const int unit = row / kRows ^ column / kVector;
 #pragma unroll
@@ -204,7 +228,7 @@ struct Tile {
       const uint4 both =
           *reinterpret_cast<const uint4*>(&columns[of_tile][2 * (t_unit ^ place / 2)]);
       const uint4 bytes = place % 2 ? uint4{both.z, both.w, both.x, both.y} : both;
-      const long long at = (long long)(first + of_tile) * p.t_rows + t * kBlock + t_unit * 16;
+      const long long at = (long long)(k0 + of_tile) * p.t_rows + t * kBlock + t_unit * 16;
       *reinterpret_cast<uint4*>(data + at) = bytes;
     }
   }
@@ -212,16 +236,14 @@ struct Tile {
   __forceinline__ void run() {
     load();
     compute();
-    const long long t_tile = (long long)batch * p.tiles.rows + t;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      take(half ? kDUp : kDGate);
-      quantise_rows(half);
-      quantise_columns(p.t_dh + (long long)batch * 2 * p.k * p.t_rows,
-                       p.t_dh_scale + t_tile * 2 * p.k, half * p.k + k0);
-    }
-    take(kY);
-    quantise_columns(p.t_y + (long long)batch * p.k * p.t_rows, p.t_y_scale + t_tile * p.k, k0);
+    unsigned char* t_dh = p.t_dh + (long long)batch * 2 * p.k * p.t_rows;
+    quantise_rows(0);
+    quantise_columns(kDGate, t_dh);
+    take(kOfDUp);
+    quantise_rows(1);
+    quantise_columns(kDUp, t_dh + (long long)p.k * p.t_rows);
+    take(kOfY);
+    quantise_columns(kY, p.t_y + (long long)batch * p.k * p.t_rows);
   }
 };
 
