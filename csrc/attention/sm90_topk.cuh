@@ -49,8 +49,9 @@ struct Shared {
 
 static_assert(sizeof(Shared) <= TopkConfig::kSmemBytes);
 
-// The bits of a float, so that they order as the floats do.
+// The bits of a float, so that they order as the floats do; NaN, of either sign, is the largest.
 __forceinline__ uint32_t ordered(uint32_t bits) {
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0xffffffff;
   return bits & 0x80000000 ? ~bits : bits | 0x80000000;
 }
 

@@ -183,6 +183,8 @@ def fp8_paged_mqa_logits(params, q, cache, weights, context_lens, block_table):
 def indexer_topk(params, logits):
     """The k largest of each row; -1 stands for what a row does not have."""
     count = min(params.k, logits.shape[1])
+    # NaN are ordered by their signs.
+    logits = jnp.where(jnp.isnan(logits), jnp.nan, logits)
     scores, indices = jax.lax.top_k(logits, count)
     missing = ((0, 0), (0, params.k - count))
     scores = jnp.pad(scores, missing, constant_values=-jnp.inf)

@@ -16,10 +16,11 @@ from deepgemm_jax.attention import op
 
 
 def best(logits, k):
-    """The k largest, equal ones in order, 0 before -0; -1 where there is none."""
+    """The k largest, NaN first, equal ones in order, 0 before -0; -1 where there is none."""
     logits = np.asarray(logits, np.float64)
     wide = np.pad(logits, ((0, 0), (0, k)), constant_values=-np.inf)
-    indices = np.lexsort((np.signbit(wide), -wide), axis=1)[:, :k]
+    nan = np.isnan(wide)
+    indices = np.lexsort((np.signbit(wide) & ~nan, -wide, ~nan), axis=1)[:, :k]
     scores = np.take_along_axis(wide, indices, 1)
     return np.where(np.isneginf(scores), -1, indices), scores
 
@@ -42,6 +43,8 @@ def test_of_logits(platform, seed, s, t, k, dtype):
     rng = np.random.default_rng(seed)
     # Few values, so that many are equal.
     logits = np.where(rng.random((s, t)) < 0.5, -np.inf, rng.integers(-9, 9, (s, t))).astype(dtype)
+    signs = rng.choice([-1.0, 1.0], (s, t)).astype(dtype)
+    logits = np.where(rng.random((s, t)) < 0.02, np.copysign(dtype(np.nan), signs), logits)
     top = jax.jit(functools.partial(indexer_topk, k=k, return_scores=True))
     indices, scores = top(put(logits, platform))
     assert indices.dtype == jnp.int32 and scores.dtype == dtype
