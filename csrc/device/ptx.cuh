@@ -128,11 +128,10 @@ __forceinline__ void tma_prefetch(const TensorMap* map, int x, int y, int z, uin
       : "memory");
 }
 
-// Copies 8 or 16 bytes in the background, or writes zeros if there is nothing to read.
-template <int bytes>
+// Copies 16 bytes in the background, past L1, or writes zeros if there is nothing to read.
 __forceinline__ void copy_async_or_clear(void* to, const void* x, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(x),
-               "n"(bytes), "r"(valid ? bytes : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(x),
+               "r"(valid ? 16 : 0)
                : "memory");
 }
 

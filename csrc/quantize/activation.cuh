@@ -18,8 +18,8 @@ __forceinline__ float sigmoid(float x) {
 template <int activation>
 __forceinline__ Activated activate(float x) {
   if constexpr (activation == kSilu) {
-    const float s = sigmoid(x);
-    return {x * s, s * (1 + x * (1 - s))};
+    const float s = sigmoid(x), value = x * s;
+    return {value, s + value * (1 - s)};
   } else if constexpr (activation == kGelu) {
     const float half = 0.5f * erfcf(-0.70710678118654752f * x);
     const float density = 0.39894228040143268f * exp2_approximate(-0.72134752044448170f * x * x);

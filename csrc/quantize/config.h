@@ -85,7 +85,7 @@ struct TilesParams {
   unsigned char* data;     // [batch, m, k]
   float* scale;            // row-major, but for kBothWays [batch, blocks of k, m]
   unsigned char* t_data;   // [batch, k, t_rows], the transposed
-  float* t_scale;          // [batch, t_rows / 128, k], for kBothWays
+  float* t_scale;          // row-major, but for kBothWays [batch, t_rows / 128, k]
   int m, k, groups;
   int t_rows;  // rows of x as the transposed has them, with what fills up groups
   int round_up;

@@ -67,9 +67,7 @@ ffi::Error tiles_execute(jit::CUstream stream, TilesState* state, ffi::AnyBuffer
     if (transposed.size()) {
       ffi::Result<ffi::AnyBuffer> t_data = *transposed.get<ffi::AnyBuffer>(0);
       params.t_data = address<unsigned char>(*t_data);
-      if (config.tiling == kBothWays) {
-        params.t_scale = address<float>(**transposed.get<ffi::AnyBuffer>(1));
-      }
+      params.t_scale = address<float>(**transposed.get<ffi::AnyBuffer>(1));
       params.t_rows = t_data->dimensions().back();
     }
     params.round_up = state->round_up;

@@ -1,7 +1,8 @@
 // data[m, k] = FP8(x[m, k] / scale), and the same for the transposed, by tiles of 128 x 128:
 //
 //   per channel   scale[m / 128, k] = max over the tile's rows |x| / largest
-//   per block     scale[m / 128, k / 128] = max over the tile |x| / largest, and t_data[k, m]
+//   per block     scale[m / 128, k / 128] = max over the tile |x| / largest, and the same numbers
+//                 in t_data[k, m] and t_scale[k / 128, m / 128]
 //   both ways     scale[m, k / 128] and data, and t_scale[k, t / 128] and t_data[k, t], t being m
 //
 //                 8 columns
@@ -106,7 +107,11 @@ struct Tile {
     for (int i = 0; i < kWarps; ++i) amax = larger(amax, of_warps[i]);
     const float scale = scale_of<config.e5m2>(amax, p.round_up);
     if (threadIdx.x == 0) {
-      p.scale[((long long)batch * p.tiles.rows + t) * p.tiles.columns + k0 / kBlock] = scale;
+      const long long blocks = (long long)p.tiles.rows * p.tiles.columns, b = k0 / kBlock;
+      p.scale[batch * blocks + (long long)t * p.tiles.columns + b] = scale;
+      if constexpr (config.tiling == kPerBlockBothWays) {
+        p.t_scale[batch * blocks + b * p.tiles.rows + t] = scale;
+      }
     }
     const float same = __frcp_rn(scale);
     const float of_column[] = {same, same, same, same, same, same, same, same};

@@ -86,24 +86,24 @@ struct Vector<true> {
   __forceinline__ float amax() const { return largest(); }
 };
 
+// Reduces two values over two lanes, whose numbers differ in the bit `step`: the lane that has it
+// gets the result of `odd`, the other one that of `even`.
+template <int step, class T, class Reduce>
+__forceinline__ T share_out(T even, T odd, Reduce reduce) {
+  const bool has = threadIdx.x & step;
+  return reduce(has ? odd : even, __shfl_xor_sync(0xffffffff, has ? even : odd, step));
+}
+
 // Reduces `count` values of each lane, a power of two, over 16 lanes: lane l gets the result of
 // value l % count. Two lanes first share out their values between them, then four, and so on.
 template <int step = 1, class T, class Reduce, int count>
 __forceinline__ T reduce_over_16_lanes(const T (&x)[count], Reduce reduce) {
   if constexpr (step == 16) {
     return x[0];
-  } else if constexpr (count == 1) {
-    const T y[] = {reduce(x[0], __shfl_xor_sync(0xffffffff, x[0], step))};
-    return reduce_over_16_lanes<2 * step>(y, reduce);
   } else {
-    const bool odd = threadIdx.x & step;
-    T y[count / 2];
+    T y[ceil_div(count, 2)];
 #pragma unroll
-    for (int i = 0; i < count / 2; ++i) {
-      const T kept = odd ? x[2 * i + 1] : x[2 * i];
-      const T given = odd ? x[2 * i] : x[2 * i + 1];
-      y[i] = reduce(kept, __shfl_xor_sync(0xffffffff, given, step));
-    }
+    for (int i = 0; i < count; i += 2) y[i / 2] = share_out<step>(x[i], x[(i + 1) % count], reduce);
     return reduce_over_16_lanes<2 * step>(y, reduce);
   }
 }

@@ -25,27 +25,22 @@ namespace deepgemm::training {
 
 using quantize::kRows;
 using quantize::kVector;
-using quantize::reduce_over_16_lanes;
 
 constexpr SwigluBackward config{CONFIG};
 
 using Row = quantize::Vector<false>;
 
-__forceinline__ uint4 bits(const Row& x) {
-  return {x.pairs[0], x.pairs[1], x.pairs[2], x.pairs[3]};
-}
-
 enum Result { kDGate, kDUp, kY, kResults };
 
-// A thread's own rows of d_up and y wait where those of dy and h were, of which they are computed.
-enum Place { kOfDUp, kOfY, kPlaces, kDy = kOfDUp, kH = kOfY };
+constexpr int kVectors = kBlock / kVector;  // of a tile's row
 
 // Of the transposed, eight bytes for each eight rows.
 using Columns = uint2[kBlock][kBlock / kRows];
 
 struct Shared {
-  uint4 rows[kPlaces][kRows][config.threads()];
-  Columns columns[2];  // of two results in turn
+  uint4 dy[kBlock][kVectors];    // a row's d_up takes the place of its dy,
+  uint2 h[2][kBlock][kVectors];  // and y, by halves of a vector, that of gate and up
+  Columns columns[2];            // of two results in turn
   quantize::ColumnScales<Row, kResults> of_columns;
 };
 static_assert(sizeof(Shared) == config.smem_bytes());
@@ -74,7 +69,7 @@ struct Tile {
   int t;                    // the tile's number along the transposed
   int row, column;          // the thread's first, in the tile
   Row result[kRows];        // what is being quantised
-  float of_row[2];  // reciprocals of scales of d_gate and d_up; lane l of 16 has row l % 8's
+  float of_row[2];          // reciprocals of scales of d_gate and d_up; lane l has row l % 8's
 
   // Where the thread's first row is in a matrix that is so wide.
   __forceinline__ long long at(int width) const {
@@ -86,24 +81,89 @@ struct Tile {
     return ((long long)(batch * 2 + half) * (p.k / kBlock) + k0 / kBlock) * p.m + m0;
   }
 
-  // All loads at once, each to where the thread alone will look for it.
+  // All loads at once, by 16 bytes, which pass by L1. A warp loads what it alone computes with.
   __forceinline__ void load() {
     const auto* dy = static_cast<const unsigned short*>(p.dy) + at(p.k);
-    const unsigned char* h = p.h + at(2 * p.k);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i, dy += p.k, h += 2 * p.k) {
-      const bool valid = row + i < rows;
-      uint4* slot = &shared.rows[kDy][i][threadIdx.x];
-      copy_async_or_clear<16>(slot, dy, valid);
-      slot = &shared.rows[kH][i][threadIdx.x];
-      copy_async_or_clear<8>(slot, h, valid);
-      copy_async_or_clear<8>(reinterpret_cast<uint2*>(slot) + 1, h + p.k, valid);
+    for (int i = 0; i < kRows; ++i, dy += p.k) {
+      copy_async_or_clear(&shared.dy[row + i][column / kVector], dy, row + i < rows);
+    }
+    const int first = threadIdx.x / 32 * 2 * kRows + threadIdx.x % 32 / 8, of_h = threadIdx.x % 8;
+    const unsigned char* h = p.h + ((long long)batch * p.m + m0 + first) * 2 * p.k + k0 + of_h * 16;
+#pragma unroll
+    for (int i = 0; i < 2 * kRows; i += 4, h += 4LL * 2 * p.k) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        copy_async_or_clear(&shared.h[half][first + i][of_h * 2], h + half * p.k, first + i < rows);
+      }
     }
   }
 
-  // d_gate is left in `result`, d_up and y in their places.
+  struct OfRow {
+    float sum;  // of dy f(gate) up, but for up's scale
+    Row::Largest largest[2];
+  };
+
+  // Leaves the thread's row i of d_gate in `result`, and those of d_up and y in their places.
+  // Lane l of 16 has what row l % 8 is multiplied by.
+  __forceinline__ OfRow compute_row(int i, float gate_scale, float up_scale, float weight) {
+    const Row dy = waiting(kDUp, i), h = waiting(kY, i);
+    const float of_gate = __shfl_sync(0xffffffff, gate_scale, i, 16);
+    const float of_up = __shfl_sync(0xffffffff, up_scale, i, 16);
+    const float of_row = __shfl_sync(0xffffffff, weight, i, 16);
+    Row d_gate, d_up, y;
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kVector; j += 2) {
+      const float2 gate = from_e4m3(h.pairs[j / 4] >> j % 4 * 8);
+      const float2 up = from_e4m3(h.pairs[2 + j / 4] >> j % 4 * 8);
+      float d_gates[2], d_ups[2], ys[2];
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const quantize::Activated f =
+            quantize::activate<quantize::kSilu>((odd ? gate.y : gate.x) * of_gate);
+        const float unscaled = odd ? up.y : up.x, weighted = unscaled * of_up;
+        const float d = dy[j + odd] * f.value;
+        sum += d * unscaled;
+        d_gates[odd] = dy[j + odd] * weighted * f.slope;
+        d_ups[odd] = d * of_row;
+        ys[odd] = f.value * weighted;
+      }
+      d_gate.pairs[j / 2] = pack_bfloat16(d_gates[0], d_gates[1]);
+      d_up.pairs[j / 2] = pack_bfloat16(d_ups[0], d_ups[1]);
+      y.pairs[j / 2] = pack_bfloat16(ys[0], ys[1]);
+    }
+    result[i] = d_gate;
+    shared.dy[row + i][column / kVector] = {d_up.pairs[0], d_up.pairs[1], d_up.pairs[2],
+                                            d_up.pairs[3]};
+    shared.h[0][row + i][column / kVector] = {y.pairs[0], y.pairs[1]};
+    shared.h[1][row + i][column / kVector] = {y.pairs[2], y.pairs[3]};
+    return {sum, {d_gate.largest(), d_up.largest()}};
+  }
+
+  template <int step>
+  static __forceinline__ OfRow share_out(const OfRow& even, const OfRow& odd) {
+    using quantize::share_out;
+    return {share_out<step>(even.sum, odd.sum, [](float x, float y) { return x + y; }),
+            {share_out<step>(even.largest[0], odd.largest[0], Row::larger_of),
+             share_out<step>(even.largest[1], odd.largest[1], Row::larger_of)}};
+  }
+
+  // Of all columns; lane l of 16 gets row l % 8's. Each result is shared out as soon as there are
+  // two, lest those of all rows are held at once.
+  template <int first, int count, class... Factors>
+  __forceinline__ OfRow compute_rows(Factors... factors) {
+    if constexpr (count == 1) {
+      return compute_row(first, factors...);
+    } else {
+      const OfRow x = compute_rows<first, count / 2>(factors...);
+      const OfRow y = compute_rows<first + count / 2, count / 2>(factors...);
+      return share_out<count / 2>(x, y);
+    }
+  }
+
+  // Of d_gate, which is left in `result`, of d_up and of y.
   __forceinline__ void compute() {
-    // Lane l of 16 has what row l % 8 is multiplied by.
     const int own = row + threadIdx.x % kRows;
     float scales[2] = {}, weight = own < rows ? 1 : 0;
     if (own < rows) {
@@ -111,66 +171,29 @@ struct Tile {
       scales[1] = p.h_scale[scale_at(1) + own];
       if (p.weights) weight = p.weights[(long long)batch * p.m + m0 + own];
     }
-    const float weighted_scale = scales[1] * weight;
     wait_for_copies();
-    float sums[kRows];
-    Row::Largest of_rows[2][kRows];
-    Row of_columns[kResults];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const Row dy = waiting(kDy, i);
-      const uint4 h = shared.rows[kH][i][threadIdx.x];
-      const float of_gate = __shfl_sync(0xffffffff, scales[0], i, 16);
-      const float of_up = __shfl_sync(0xffffffff, weighted_scale, i, 16);
-      const float of_row = __shfl_sync(0xffffffff, weight, i, 16);
-      const uint32_t gates[] = {h.x, h.y}, ups[] = {h.z, h.w};
-      Row d_gate, d_up, y;
-      sums[i] = 0;
-#pragma unroll
-      for (int j = 0; j < kVector; j += 2) {
-        const float2 gate = from_e4m3(gates[j / 4] >> j % 4 * 8);
-        const float2 up = from_e4m3(ups[j / 4] >> j % 4 * 8);
-        float d_gates[2], d_ups[2], ys[2];
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const quantize::Activated f =
-              quantize::activate<quantize::kSilu>((odd ? gate.y : gate.x) * of_gate);
-          const float unscaled = odd ? up.y : up.x, weighted = unscaled * of_up;
-          const float d = dy[j + odd] * f.value;
-          sums[i] += d * unscaled;
-          d_gates[odd] = dy[j + odd] * weighted * f.slope;
-          d_ups[odd] = d * of_row;
-          ys[odd] = f.value * weighted;
-        }
-        d_gate.pairs[j / 2] = pack_bfloat16(d_gates[0], d_gates[1]);
-        d_up.pairs[j / 2] = pack_bfloat16(d_ups[0], d_ups[1]);
-        y.pairs[j / 2] = pack_bfloat16(ys[0], ys[1]);
-      }
-      of_rows[1][i] = d_up.largest();
-      of_columns[kDUp].take_larger(d_up);
-      of_columns[kY].take_larger(y);
-      result[i] = d_gate;
-      shared.rows[kOfDUp][i][threadIdx.x] = bits(d_up);
-      shared.rows[kOfY][i][threadIdx.x] = bits(y);
-    }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) of_rows[0][i] = result[i].largest();
-    of_columns[kDGate] = quantize::largest_of_columns(result);
+    __syncwarp();
+    OfRow of_own = compute_rows<0, kRows>(scales[0], scales[1] * weight, weight);
+    of_own = share_out<kRows>(of_own, of_own);
     const bool writes = threadIdx.x % 16 < kRows && own < rows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float amax = Row::amax(reduce_over_16_lanes(of_rows[half], Row::larger_of));
-      const float scale = quantize::scale_of<false>(amax, 0);
+      const float scale = quantize::scale_of<false>(Row::amax(of_own.largest[half]), 0);
       if (writes) p.dh_scale[scale_at(half) + own] = scale;
       of_row[half] = __frcp_rn(scale);
     }
-    const float sum = reduce_over_16_lanes(sums, [](float x, float y) { return x + y; });
     if (writes) {
       p.d_weights[((long long)batch * p.m + m0 + own) * p.tiles.columns + k0 / kBlock] =
-          sum * scales[1];
+          of_own.sum * scales[1];
     }
+    shared.of_columns.give(kDGate, quantize::largest_of_columns(result));
 #pragma unroll
-    for (int i = 0; i < kResults; ++i) shared.of_columns.give(i, of_columns[i]);
+    for (int which = kDUp; which <= kY; ++which) {
+      Row largest;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) largest.take_larger(waiting(Result(which), i));
+      shared.of_columns.give(which, largest);
+    }
     const long long t_tile = (long long)batch * p.tiles.rows + t;
     shared.of_columns.find<false>(0, [&](int own, float scale) {
       const int which = own / kBlock, column = k0 + own % kBlock;
@@ -182,14 +205,20 @@ struct Tile {
     });
   }
 
-  __forceinline__ Row waiting(Place place, int i) const {
-    const uint4 x = shared.rows[place][i][threadIdx.x];
-    return {{x.x, x.y, x.z, x.w}};
+  // The thread's vector of row i of what waits in the place of `which`.
+  __forceinline__ Row waiting(Result which, int i) const {
+    if (which == kDUp) {
+      const uint4 x = shared.dy[row + i][column / kVector];
+      return {{x.x, x.y, x.z, x.w}};
+    }
+    const uint2 x = shared.h[0][row + i][column / kVector];
+    const uint2 y = shared.h[1][row + i][column / kVector];
+    return {{x.x, x.y, y.x, y.y}};
   }
 
-  __forceinline__ void take(Place place) {
+  __forceinline__ void take(Result which) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) result[i] = waiting(place, i);
+    for (int i = 0; i < kRows; ++i) result[i] = waiting(which, i);
   }
 
   __forceinline__ void quantise_rows(int half) const {
@@ -198,7 +227,7 @@ struct Tile {
     for (int i = 0; i < kRows; ++i, address += 2 * p.k) {
       const float same = __shfl_sync(0xffffffff, of_row[half], i, 16);
       const uint2 bytes = quantize::quantised<false>(result[i], [&](int) { return same; });
-      if (row + i < rows) *reinterpret_cast<uint2*>(address) = bytes;
+      if (row + i < rows) store_result(address, bytes);
     }
   }
 
@@ -229,7 +258,7 @@ struct Tile {
           *reinterpret_cast<const uint4*>(&columns[of_tile][2 * (t_unit ^ place / 2)]);
       const uint4 bytes = place % 2 ? uint4{both.z, both.w, both.x, both.y} : both;
       const long long at = (long long)(k0 + of_tile) * p.t_rows + t * kBlock + t_unit * 16;
-      *reinterpret_cast<uint4*>(data + at) = bytes;
+      store_result(data + at, bytes);
     }
   }
 
@@ -239,10 +268,10 @@ struct Tile {
     unsigned char* t_dh = p.t_dh + (long long)batch * 2 * p.k * p.t_rows;
     quantise_rows(0);
     quantise_columns(kDGate, t_dh);
-    take(kOfDUp);
+    take(kDUp);
     quantise_rows(1);
     quantise_columns(kDUp, t_dh + (long long)p.k * p.t_rows);
-    take(kOfY);
+    take(kY);
     quantise_columns(kY, p.t_y + (long long)batch * p.k * p.t_rows);
   }
 };

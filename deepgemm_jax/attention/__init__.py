@@ -385,9 +385,9 @@ def indexer_topk(
 
     Returns:
       Indices, int32 [S, k], the best first, of equals the one with the smaller index; 0 is more
-      than −0, as in `jax.lax.top_k`, and NaN, of either sign, more than any number. A query that sees fewer than k keys has −1 for the rest. With
-      `return_scores` a tuple of these and the scores, [S, k] of the logits' dtype (float32 given a
-      tuple), −∞ where there is no key.
+      than −0, as in `jax.lax.top_k`, and NaN, of either sign, more than any number. A query that
+      sees fewer than k keys has −1 for the rest. With `return_scores` a tuple of these and the
+      scores, [S, k] of the logits' dtype (float32 given a tuple), −∞ where there is no key.
 
     Raises:
       TypeError: an operand has another dtype, or is no scaled array.

@@ -541,11 +541,11 @@ ScaledArray(float8_e4m3fn[8,256,384], scale=float32[8,2,3])
     cast = functools.partial(
         op.per_block_cast_both_ways if both_ways else op.per_block_cast_to_fp8, params=params
     )
-    data, scale, *swapped = cast(w) if w.ndim == 2 else jax.vmap(cast)(w)
+    data, scale, *other = cast(w) if w.ndim == 2 else jax.vmap(cast)(w)
     given = _scaled((data, scale), scale_format)
     if not both_ways:
         return given
-    other = _scaled((*swapped, jnp.swapaxes(scale, -1, -2)), scale_format)
+    other = _scaled(other, scale_format)
     weight, backward = (given, other) if layout == "nk" else (other, given)
     return (weight, backward) if transposed else weight
 

@@ -194,7 +194,8 @@ per_block_cast_both_ways = Op(
     results={
         "data": "dtype[m k]",
         "scale": "float32[m/128 k/128]",
-        "transposed": "dtype[k m]",
+        "transposed.data": "dtype[k m]",
+        "transposed.scale": "float32[k/128 m/128]",
     },
     limits={"k": (1, 1)},
     reference=reference.per_block_cast_both_ways,

@@ -90,8 +90,8 @@ def quantize_transpose(params, x):
 
 
 def per_block_cast_both_ways(params, x):
-    data, scale = cast(params, x, block=(BLOCK, BLOCK))
-    return [data, scale, jnp.swapaxes(data, -1, -2)]
+    given = cast(params, x, block=(BLOCK, BLOCK))
+    return [*given, *(jnp.swapaxes(part, -1, -2) for part in given)]
 
 
 def rows_of_groups(sizes: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:

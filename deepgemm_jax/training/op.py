@@ -29,7 +29,7 @@ class BackwardParams(Params):
     columns: int = 0  # of the transposed
 
 
-def _kernel(target: str, floats: int, column_major: tuple[str, ...], **options: Any) -> Kernel:
+def _kernel(target: str, floats: int, column_major: tuple[str, ...]) -> Kernel:
     """`floats` is the number of the operand that is bfloat16 or float32."""
 
     def refuses(params, operands):
@@ -47,7 +47,6 @@ def _kernel(target: str, floats: int, column_major: tuple[str, ...], **options: 
         attributes=lambda params, operands, device: {"arch": device.arch},
         column_major=column_major,
         refuses=refuses,
-        **options,
     )
 
 
@@ -93,8 +92,6 @@ _swiglu_backward = Op(
         "deepgemm_jax_swiglu_backward",
         2,
         ("h.scale", "rows.scale", "columns.scale", "y.scale"),
-        # A CTA has read its tile of h before it writes that of dh.
-        aliases={"h": "rows"},
     ),
     derivative="it is a part of grouped_mlp's",
     batched=True,

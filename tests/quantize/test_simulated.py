@@ -207,14 +207,15 @@ def test_blocks_both_ways(tiles, x_dtype, dtype, scale_format):
         x[0, 0, 0] = 999
         data, t_data = unwritten(x.shape, dtype), unwritten((2, k, m), dtype)
         scale = unwritten((2, blocks(m), blocks(k)), np.float32)
+        t_scale = unwritten((2, blocks(k), blocks(m)), np.float32)
         kernel(
-            x=x, data=data, scale=scale, t_data=t_data, batch=2, m=m, k=k, t_rows=m,
-            round_up=scale_format != "float32",
+            x=x, data=data, scale=scale, t_data=t_data, t_scale=t_scale, batch=2, m=m, k=k,
+            t_rows=m, round_up=scale_format != "float32",
         )  # fmt: skip
         for i in range(2):
             wanted = per_block_cast_to_fp8(x[i], dtype=dtype, scale_format=scale_format)
             assert_same(ScaledArray(data[i], scale[i]), wanted.data, wanted.scale)
-            assert_same(ScaledArray(t_data[i].T, scale[i]), wanted.data, wanted.scale)
+            assert_same(ScaledArray(t_data[i].T, t_scale[i].T), wanted.data, wanted.scale)
 
 
 @pytest.mark.parametrize(("x_dtype", "dtype", "scale_format"), FORMS)

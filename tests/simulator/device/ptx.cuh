@@ -112,9 +112,8 @@ inline void tma_multicast(uint32_t shared, const TensorMap* map, uint32_t barrie
   load_box(shared, map, barrier, {x, y, z, 0}, peers);
 }
 
-template <int bytes>
-void copy_async_or_clear(void* to, const void* x, bool valid) {
-  valid ? std::memcpy(to, x, bytes) : std::memset(to, 0, bytes);
+inline void copy_async_or_clear(void* to, const void* x, bool valid) {
+  valid ? std::memcpy(to, x, 16) : std::memset(to, 0, 16);
 }
 inline void wait_for_copies() {}
 
