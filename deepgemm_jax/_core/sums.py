@@ -4,6 +4,14 @@ import jax
 import jax.numpy as jnp
 
 
+def sizes_of(groups: jax.Array, count: int) -> jax.Array:
+    """How many of `groups` [...] are each of 0 to `count` − 1, int32 [count]."""
+    # Compared and added up in one kernel, which is faster than adding one by one in memory.
+    dims = range(1, groups.ndim + 1)
+    found = groups[None] == jnp.expand_dims(jnp.arange(count), dims)
+    return found.sum(dims, dtype=jnp.int32)
+
+
 def spans(sizes: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
     """First row and end of each group, for sizes [..., G] of groups that follow each other.
 
@@ -13,7 +21,10 @@ def spans(sizes: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
     sizes = clamp(sizes, most)
     axis = sizes.ndim - 1
     if sizes.shape[axis] * most < 2**31:
-        ends = jax.lax.cumsum(sizes, axis)
+        # Groups are few, and this is one kernel of XLA's, where a running sum of many is three.
+        group = jnp.arange(sizes.shape[axis])
+        counts = jnp.expand_dims(group[None] <= group[:, None], range(axis))
+        ends = jnp.where(counts, sizes[..., None, :], 0).sum(-1, dtype=jnp.int32)
         return jnp.minimum(ends - sizes, most), jnp.minimum(ends, most)
     # All together may not fit. Where each step is cut, no later one does harm; but XLA fuses the
     # steps to code that grows with each, which takes it seconds.

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core import compat
+from .._core import compat, sums
 from ..scaled import ScaledArray, unpack
 
 
@@ -76,22 +76,21 @@ class Permutation:
         key = key.reshape(-1).astype(jnp.int32)
         place = jnp.arange(slots, dtype=jnp.int32)
         key, order = jax.lax.sort(_whole(key, place), num_keys=1)
-        ends = (key[None] < jnp.arange(1, num_groups + 1)[:, None]).sum(1, dtype=jnp.int32)
-        starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+        group_sizes = sums.sizes_of(groups, num_groups)
+        starts, ends = sums.spans(group_sizes, rows if capacity is None else slots)
         if capacity is None:
-            group_sizes = jnp.minimum(ends, rows) - jnp.minimum(starts, rows)
+            if rows < slots:
+                group_sizes = ends - starts
             row = jnp.where(key < num_groups, jnp.minimum(place, rows), rows)
+            slot = jnp.where(key < num_groups, order, slots)[:rows]
+            slot = jnp.pad(slot, (0, rows - len(slot)), constant_values=slots)
         else:
-            group_sizes = jnp.minimum(ends - starts, capacity)
+            group_sizes = jnp.minimum(group_sizes, capacity)
             rank = place - jnp.take(starts, key, mode="clip")
             row = jnp.where((key < num_groups) & (rank < capacity), key * capacity + rank, rows)
-        empty = jnp.full_like(key, slots, shape=rows)
+            slot = jnp.full_like(key, slots, shape=rows).at[row].set(order, mode="drop")
         row_of = jnp.zeros_like(row).at[order].set(row, unique_indices=True)
-        return cls(
-            compat.divided_as(row_of.reshape(groups.shape), groups),
-            empty.at[row].set(order, mode="drop"),
-            group_sizes,
-        )
+        return cls(compat.divided_as(row_of.reshape(groups.shape), groups), slot, group_sizes)
 
     def of_slots(self) -> "Permutation":
         """The same, of T k tokens that have a slot each."""
