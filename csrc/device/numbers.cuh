@@ -76,6 +76,13 @@ __forceinline__ float reciprocal_approximate(float x) {
   return y;
 }
 
+// 1 / x to the nearest, as __frcp_rn has it, for numbers that are normal and whose reciprocals are:
+// without the branch for others, which takes registers.
+__forceinline__ float reciprocal_of_normal(float x) {
+  const float y = reciprocal_approximate(x);
+  return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
+}
+
 // To the nearest, ties to even, saturating; x is the lower byte.
 template <bool e5m2>
 __forceinline__ unsigned short to_fp8(float x, float y) {

@@ -180,7 +180,7 @@ struct Tile {
     for (int half = 0; half < 2; ++half) {
       const float scale = quantize::scale_of<false>(Row::amax(of_own.largest[half]), 0);
       if (writes) p.dh_scale[scale_at(half) + own] = scale;
-      of_row[half] = __frcp_rn(scale);
+      of_row[half] = reciprocal_of_normal(scale);
     }
     if (writes) {
       p.d_weights[((long long)batch * p.m + m0 + own) * p.tiles.columns + k0 / kBlock] =

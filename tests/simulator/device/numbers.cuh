@@ -35,6 +35,7 @@ inline float multiply_flushed(float x, float y) {
 
 inline float exp2_approximate(float x) { return flushed(std::exp2(x)); }
 inline float reciprocal_approximate(float x) { return flushed(1 / x); }
+inline float reciprocal_of_normal(float x) { return 1 / x; }
 
 // Sign, `exponent` bits and the rest of the mantissa, by the definition of rounding.
 template <bool e5m2>
