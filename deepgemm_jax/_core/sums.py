@@ -23,8 +23,8 @@ def spans(sizes: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
     if sizes.shape[axis] * most < 2**31:
         # Groups are few, and this is one kernel of XLA's, where a running sum of many is three.
         group = jnp.arange(sizes.shape[axis])
-        counts = jnp.expand_dims(group[None] <= group[:, None], range(axis))
-        ends = jnp.where(counts, sizes[..., None, :], 0).sum(-1, dtype=jnp.int32)
+        up_to = jnp.expand_dims(group[None] <= group[:, None], range(axis))
+        ends = jnp.where(up_to, sizes[..., None, :], 0).sum(-1, dtype=jnp.int32)
         return jnp.minimum(ends - sizes, most), jnp.minimum(ends, most)
     # All together may not fit. Where each step is cut, no later one does harm; but XLA fuses the
     # steps to code that grows with each, which takes it seconds.

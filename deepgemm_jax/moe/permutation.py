@@ -77,14 +77,15 @@ class Permutation:
         place = jnp.arange(slots, dtype=jnp.int32)
         key, order = jax.lax.sort(_whole(key, place), num_keys=1)
         group_sizes = sums.sizes_of(groups, num_groups)
-        starts, ends = sums.spans(group_sizes, rows if capacity is None else slots)
         if capacity is None:
             if rows < slots:
+                starts, ends = sums.spans(group_sizes, rows)
                 group_sizes = ends - starts
             row = jnp.where(key < num_groups, jnp.minimum(place, rows), rows)
             slot = jnp.where(key < num_groups, order, slots)[:rows]
             slot = jnp.pad(slot, (0, rows - len(slot)), constant_values=slots)
         else:
+            starts, _ = sums.spans(group_sizes, slots)
             group_sizes = jnp.minimum(group_sizes, capacity)
             rank = place - jnp.take(starts, key, mode="clip")
             row = jnp.where((key < num_groups) & (rank < capacity), key * capacity + rank, rows)
