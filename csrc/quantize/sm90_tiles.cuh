@@ -25,17 +25,17 @@ constexpr TilesConfig config{CONFIG};
 // A multiprocessor's, with 32 KB of x in flight each.
 constexpr int kCtas = config.float32 ? 2 : config.tiling == kPerBlockBothWays ? 3 : 4;
 
-// Zeros for the rows of no group among 128.
-__forceinline__ void clear(const TilesParams& p, int tile) {
-  const int tiles = ceil_div(p.m, kBlock);
-  const int batch = tile / tiles, m0 = tile % tiles * kBlock;
+// Zeros for rows of no group, which as many CTAs share out as all rows have tiles.
+__forceinline__ void clear(const TilesParams& p, int cta) {
+  const int ctas = ceil_div(p.m, kBlock), batch = cta / ctas;
   const Groups groups(p.group_sizes + batch * p.groups, p.groups, p.m, 0);
-  const int first = max(m0, groups.end), rows = min(m0 + kBlock, p.m) - first;
-  uint2* data = reinterpret_cast<uint2*>(p.data + ((long long)batch * p.m + first) * p.k);
-  for (int i = threadIdx.x; i < rows * (p.k / kVector); i += config.threads()) data[i] = {};
-  for (int i = threadIdx.x; i < rows * p.tiles.columns; i += config.threads()) {
-    const long long block = (long long)batch * p.tiles.columns + i / rows;
-    p.scale[block * p.m + first + i % rows] = scale_of<config.e5m2>(0, p.round_up);
+  for (int row = groups.end + cta % ctas; row < p.m; row += ctas) {
+    uint2* data = reinterpret_cast<uint2*>(p.data + ((long long)batch * p.m + row) * p.k);
+    for (int i = threadIdx.x; i < p.k / kVector; i += config.threads()) data[i] = {};
+    for (int i = threadIdx.x; i < p.tiles.columns; i += config.threads()) {
+      const long long block = (long long)batch * p.tiles.columns + i;
+      p.scale[block * p.m + row] = scale_of<config.e5m2>(0, p.round_up);
+    }
   }
 }
 

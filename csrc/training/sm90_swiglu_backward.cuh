@@ -45,21 +45,20 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == config.smem_bytes());
 
-// Zeros for the rows of no group among 128.
-__forceinline__ void clear(const SwigluBackwardParams& p, int tile) {
-  const int tiles = ceil_div(p.m, kBlock);
-  const int batch = tile / tiles, m0 = tile % tiles * kBlock;
+// Zeros for rows of no group, which as many CTAs share out as all rows have tiles.
+__forceinline__ void clear(const SwigluBackwardParams& p, int cta) {
+  const int ctas = ceil_div(p.m, kBlock), batch = cta / ctas, blocks = 2 * p.tiles.columns;
   const quantize::Groups groups(p.group_sizes + batch * p.groups, p.groups, p.m, 0);
-  const int first = max(m0, groups.end), rows = min(m0 + kBlock, p.m) - first;
-  const long long row = (long long)batch * p.m + first;
-  uint2* dh = reinterpret_cast<uint2*>(p.dh + row * 2 * p.k);
-  for (int i = threadIdx.x; i < rows * (2 * p.k / kVector); i += config.threads()) dh[i] = {};
-  for (int i = threadIdx.x; i < rows * 2 * p.tiles.columns; i += config.threads()) {
-    const long long block = (long long)batch * 2 * p.tiles.columns + i / rows;
-    p.dh_scale[block * p.m + first + i % rows] = quantize::scale_of<false>(0, 0);
+  for (int row = groups.end + cta % ctas; row < p.m; row += ctas) {
+    const long long of_all = (long long)batch * p.m + row;
+    uint2* dh = reinterpret_cast<uint2*>(p.dh + of_all * 2 * p.k);
+    for (int i = threadIdx.x; i < 2 * p.k / kVector; i += config.threads()) dh[i] = {};
+    for (int i = threadIdx.x; i < blocks; i += config.threads()) {
+      p.dh_scale[((long long)batch * blocks + i) * p.m + row] = quantize::scale_of<false>(0, 0);
+    }
+    float* d_weights = p.d_weights + of_all * p.tiles.columns;
+    for (int i = threadIdx.x; i < p.tiles.columns; i += config.threads()) d_weights[i] = 0;
   }
-  float* d_weights = p.d_weights + row * p.tiles.columns;
-  for (int i = threadIdx.x; i < rows * p.tiles.columns; i += config.threads()) d_weights[i] = 0;
 }
 
 struct Tile {
