@@ -6,8 +6,9 @@
 
 namespace deepgemm::quantize {
 
-constexpr int kRows = 8;   // of a thread
-constexpr int kWarps = 8;  // of a CTA
+constexpr int kRows = 8;                    // of a thread
+constexpr int kWarps = 8;                   // of a CTA
+constexpr int kVectors = kBlock / kVector;  // of a tile's row
 
 // Of the thread's part of each of its columns.
 template <class Input>
@@ -21,8 +22,6 @@ __forceinline__ Input largest_of_columns(const Input (&x)[kRows]) {
 // Of all columns of `tiles` tiles that have the same rows.
 template <class Input, int tiles>
 struct ColumnScales {
-  static constexpr int kVectors = kBlock / kVector;  // of a tile's row
-
   alignas(16) Input amax[kWarps][tiles * kVectors];  // of a warp's rows, each column's
   alignas(16) float reciprocal[tiles * kBlock];      // of a column's scale
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device/sums.cuh"
-#include "quantize/config.h"
+#include "quantize/vector.cuh"
 
 namespace deepgemm::quantize {
 
@@ -32,5 +32,26 @@ struct Groups {
     }
   }
 };
+
+// Calls clear(batch, row) for rows of no group, shared out among as many CTAs as all rows have
+// tiles.
+template <class Clear>
+__forceinline__ void clear_rows_of_none(int cta, const int* sizes, int groups, int m, Clear clear) {
+  const int ctas = ceil_div(m, kBlock), batch = cta / ctas;
+  const Groups all(sizes + batch * groups, groups, m, 0);
+  for (int row = all.end + cta % ctas; row < m; row += ctas) clear(batch, row);
+}
+
+// A row of zeros in data[batch, m, k] and scale[batch, ceil(k / 128), m].
+template <int threads>
+__forceinline__ void clear_row(unsigned char* data, float* scale, float scale_of_zero, int m, int k,
+                               int batch, int row) {
+  uint2* vectors = reinterpret_cast<uint2*>(data + ((long long)batch * m + row) * k);
+  for (int i = threadIdx.x; i < k / kVector; i += threads) vectors[i] = {};
+  const int blocks = ceil_div(k, kBlock);
+  for (int i = threadIdx.x; i < blocks; i += threads) {
+    scale[((long long)batch * blocks + i) * m + row] = scale_of_zero;
+  }
+}
 
 }  // namespace deepgemm::quantize

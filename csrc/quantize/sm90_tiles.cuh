@@ -25,20 +25,6 @@ constexpr TilesConfig config{CONFIG};
 // A multiprocessor's, with 32 KB of x in flight each.
 constexpr int kCtas = config.float32 ? 2 : config.tiling == kPerBlockBothWays ? 3 : 4;
 
-// Zeros for rows of no group, which as many CTAs share out as all rows have tiles.
-__forceinline__ void clear(const TilesParams& p, int cta) {
-  const int ctas = ceil_div(p.m, kBlock), batch = cta / ctas;
-  const Groups groups(p.group_sizes + batch * p.groups, p.groups, p.m, 0);
-  for (int row = groups.end + cta % ctas; row < p.m; row += ctas) {
-    uint2* data = reinterpret_cast<uint2*>(p.data + ((long long)batch * p.m + row) * p.k);
-    for (int i = threadIdx.x; i < p.k / kVector; i += config.threads()) data[i] = {};
-    for (int i = threadIdx.x; i < p.tiles.columns; i += config.threads()) {
-      const long long block = (long long)batch * p.tiles.columns + i;
-      p.scale[block * p.m + row] = scale_of<config.e5m2>(0, p.round_up);
-    }
-  }
-}
-
 using Input = Vector<config.float32>;
 
 struct Shared {
@@ -181,7 +167,13 @@ extern "C" __global__ void __launch_bounds__(deepgemm::quantize::config.threads(
   deepgemm::let_next_kernel_start();
   const int tiles = p.tiles.count();
   if constexpr (config.tiling == kBothWays) {
-    if (int(blockIdx.x) >= tiles) return clear(p, blockIdx.x - tiles);
+    if (int(blockIdx.x) >= tiles) {
+      return clear_rows_of_none(
+          blockIdx.x - tiles, p.group_sizes, p.groups, p.m, [&](int batch, int row) {
+            clear_row<config.threads()>(p.data, p.scale, scale_of<config.e5m2>(0, p.round_up), p.m,
+                                        p.k, batch, row);
+          });
+    }
   }
   Tile tile{p, *reinterpret_cast<Shared*>(memory)};
   const auto [batch, t, column] = p.tiles(blockIdx.x);

@@ -25,14 +25,13 @@ namespace deepgemm::training {
 
 using quantize::kRows;
 using quantize::kVector;
+using quantize::kVectors;
 
 constexpr SwigluBackward config{CONFIG};
 
 using Row = quantize::Vector<false>;
 
 enum Result { kDGate, kDUp, kY, kResults };
-
-constexpr int kVectors = kBlock / kVector;  // of a tile's row
 
 // Of the transposed, eight bytes for each eight rows.
 using Columns = uint2[kBlock][kBlock / kRows];
@@ -45,19 +44,12 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == config.smem_bytes());
 
-// Zeros for rows of no group, which as many CTAs share out as all rows have tiles.
-__forceinline__ void clear(const SwigluBackwardParams& p, int cta) {
-  const int ctas = ceil_div(p.m, kBlock), batch = cta / ctas, blocks = 2 * p.tiles.columns;
-  const quantize::Groups groups(p.group_sizes + batch * p.groups, p.groups, p.m, 0);
-  for (int row = groups.end + cta % ctas; row < p.m; row += ctas) {
-    const long long of_all = (long long)batch * p.m + row;
-    uint2* dh = reinterpret_cast<uint2*>(p.dh + of_all * 2 * p.k);
-    for (int i = threadIdx.x; i < 2 * p.k / kVector; i += config.threads()) dh[i] = {};
-    for (int i = threadIdx.x; i < blocks; i += config.threads()) {
-      p.dh_scale[((long long)batch * blocks + i) * p.m + row] = quantize::scale_of<false>(0, 0);
-    }
-    float* d_weights = p.d_weights + of_all * p.tiles.columns;
-    for (int i = threadIdx.x; i < p.tiles.columns; i += config.threads()) d_weights[i] = 0;
+__forceinline__ void clear(const SwigluBackwardParams& p, int batch, int row) {
+  const float scale = quantize::scale_of<false>(0, 0);
+  quantize::clear_row<config.threads()>(p.dh, p.dh_scale, scale, p.m, 2 * p.k, batch, row);
+  const int blocks = p.tiles.columns;
+  for (int i = threadIdx.x; i < blocks; i += config.threads()) {
+    p.d_weights[((long long)batch * p.m + row) * blocks + i] = 0;
   }
 }
 
@@ -284,7 +276,11 @@ extern "C" __global__ void __launch_bounds__(deepgemm::training::config.threads(
   deepgemm::wait_for_previous_kernel();
   deepgemm::let_next_kernel_start();
   const int tiles = p.tiles.count();
-  if (int(blockIdx.x) >= tiles) return clear(p, blockIdx.x - tiles);
+  if (int(blockIdx.x) >= tiles) {
+    return deepgemm::quantize::clear_rows_of_none(
+        blockIdx.x - tiles, p.group_sizes, p.groups, p.m,
+        [&](int batch, int row) { clear(p, batch, row); });
+  }
   Tile tile{p, *reinterpret_cast<Shared*>(memory)};
   const auto [batch, t, column] = p.tiles(blockIdx.x);
   tile.batch = batch;
