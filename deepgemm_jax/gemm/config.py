@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -229,8 +230,8 @@ FP8_TILES = (
     Tile(256, 128, 2, 1, 2, 0.695, 1.30),
     Tile(192, 128, 3, 1, 2, 0.530, 0.56, rows=1.01),
     Tile(128, 192, 2, 1, 1, 0.557, 0.71, rows=0.94),
-    Tile(128, 160, 2, 1, 1, 0.476, 0.79),
-    Tile(128, 128, 2, 1, 1, 0.399, 0.33, groups=1.09),
+    Tile(128, 160, 2, 1, 1, 0.476, 0.79, groups=1.02),
+    Tile(128, 128, 2, 1, 1, 0.399, 0.33, groups=1.05),
     Tile(128, 64, 2, 1, 1, 0.248, 0.25),
     Tile(64, 128, 1, 1, 1, 0.257, 0.30, groups=1.18),
     Tile(64, 64, 1, 1, 1, 0.172, 0.34),
@@ -246,6 +247,7 @@ DENSE_FP8_TILES = (
     Tile(192, 128, 3, 1, 1, 0.535, 0.72, rows=1.02),
     Tile(192, 96, 3, 1, 1, 0.478, 0.32),
     Tile(128, 144, 2, 1, 1, 0.439, 1.24),
+    Tile(128, 96, 2, 1, 1, 0.310, 0.40),
     Tile(128, 32, 2, 1, 1, 0.176, 0.30),
     Tile(64, 32, 1, 1, 1, 0.130, 0.30),
     Tile(64, 16, 1, 1, 1, 0.120, 0.19),
@@ -353,10 +355,10 @@ def _read_us(moved: float, device: Device) -> float:
 def _likely_sizes(groups: int, kind: str) -> np.ndarray:
     """[draws, groups]: how many times the mean a group may be. Only the device knows; a router
     that balances its load leaves some 0.7 to 1.3."""
-    draws = 16
-    # The fractional parts of the golden ratio's multiples are spread evenly, however many.
-    place = np.arange(draws)[:, None] / draws + np.arange(groups) * (math.sqrt(5) - 1) / 2
-    sizes = 0.7 + 0.6 * (place % 1)
+    draws, rng = 32, random.Random(0)
+    # Each group's are spread evenly, and come in an order of their own (a Latin hypercube).
+    place = np.array([rng.sample(range(draws), draws) for _ in range(groups)]).T
+    sizes = 0.7 + 0.6 * (place + 0.5) / draws
     # The sum of contiguous groups is known.
     return sizes / sizes.mean(1, keepdims=True) if kind == "contiguous" else sizes
 
