@@ -1,6 +1,8 @@
 """Python programs in processes of their own."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -27,7 +29,9 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def free_address() -> str:
-    """Where processes of one `jax.distributed` may meet."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
+    """Where processes of one `jax.distributed` may meet: a port that no other socket has, and none
+    of those that the system hands out, lest a connection takes it meanwhile."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return f"localhost:{port}"
