@@ -237,8 +237,8 @@ FP8_TILES = (
     Tile(64, 64, 1, 1, 1, 0.172, 0.34),
 )
 BF16_TILES = (
-    Tile(128, 256, 2, 1, 1, 0.658, 1.26),
-    Tile(128, 128, 2, 1, 1, 0.379, 0.21),
+    Tile(128, 256, 2, 1, 1, 0.658, 1.26, groups=1.0),
+    Tile(128, 128, 2, 1, 1, 0.379, 0.21, groups=0.93),
     Tile(64, 128, 1, 1, 1, 0.245, 0.30),
 )
 # Not for groups, which fill the GPU without those for small problems and odd widths, and are faster
@@ -247,7 +247,7 @@ DENSE_FP8_TILES = (
     Tile(192, 128, 3, 1, 1, 0.535, 0.72, rows=1.02),
     Tile(192, 96, 3, 1, 1, 0.478, 0.32),
     Tile(128, 144, 2, 1, 1, 0.439, 1.24),
-    Tile(128, 96, 2, 1, 1, 0.310, 0.40),
+    Tile(128, 96, 2, 1, 1, 0.310, 0.50),
     Tile(128, 32, 2, 1, 1, 0.176, 0.30),
     Tile(64, 32, 1, 1, 1, 0.130, 0.30),
     Tile(64, 16, 1, 1, 1, 0.120, 0.19),
@@ -264,8 +264,8 @@ CLUSTER_US = 0.4  # until the CTAs of a cluster have found each other
 READ = 0.835  # of what device memory moves at most
 # So many bytes L2 hands to each multiprocessor, if all are at work; and if rows begin anywhere in a
 # line of it.
-LOADED_PER_US = 83e3
-ACROSS_LINES_PER_US = 75e3
+LOADED_PER_US = 94e3
+ACROSS_LINES_PER_US = 85e3
 LINE_BYTES = 128
 L2_BYTES = 50e6
 WRITTEN_BACK_US = 0.05e-6  # for each byte, as long as L2 is full of what was written before
