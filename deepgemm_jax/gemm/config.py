@@ -262,8 +262,8 @@ SLICED = {"blocks": {2: 0.78, 3: 0.69}, "rows": {2: 0.68, 3: 0.6}}
 LAUNCH_US = 3.02  # until the first bytes are there
 CLUSTER_US = 0.4  # until the CTAs of a cluster have found each other
 READ = 0.835  # of what device memory moves at most
-# So many bytes L2 hands to each multiprocessor, if all are at work; and if rows begin anywhere in a
-# line of it.
+# So many bytes an H200's L2 hands to each multiprocessor, if all are at work; and if rows begin
+# anywhere in a line of it.
 LOADED_PER_US = 94e3
 ACROSS_LINES_PER_US = 85e3
 LINE_BYTES = 128
