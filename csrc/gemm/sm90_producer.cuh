@@ -96,7 +96,7 @@ __forceinline__ void copy_tiles(const Params& p, Ring ring) {
   int number = 0;
   for (; !tile.done; tile.next(), number = next_tile(number)) {
     const Rows<config.a_mn_major, a_rows, config.cluster_n, config.edge_rows()> a{
-        p.a,          p.a_edge, tile.m0 + a_part, tile.a_end(),
+        p.a,          p.a_edge, tile.m0 + a_part, tile.m_end,
         tile.a_batch, a_peers,  kEvictNormal,     p.a_edge_in_boxes(config)};
     const Rows<config.b_mn_major, b_rows, config.cluster_m> b{
         p.b,
@@ -177,7 +177,7 @@ struct LaneScales {
       : p(p), row(kNeighbours * thread) {
     const int m = tile.m0 + row;
     a = p.a_scale + static_cast<long long>(tile.a_batch) * p.blocks_k * p.m + m;
-    rows = has_row() ? tile.a_end() - m : 0;
+    rows = has_row() ? tile.m_end - m : 0;
 #pragma unroll
     for (int j = 0; j < kScalesPerRow; ++j) {
       const int n = min(tile.n0 / 128 + j, p.blocks_n - 1);
@@ -231,7 +231,7 @@ struct LaneOfBoth {
   int a_rows, b_rows;  // how many there are from the first ones on
 
   __forceinline__ LaneOfBoth(const Params& p, const Tiles& tile, int a_lane, int b_lane, int blocks)
-      : a_rows(tile.a_end() - tile.m0 - a_lane), b_rows(p.n - tile.n0 - b_lane) {
+      : a_rows(tile.m_end - tile.m0 - a_lane), b_rows(p.n - tile.n0 - b_lane) {
     const long long a_block = static_cast<long long>(tile.a_batch) * blocks + tile.first_block();
     const long long b_block = static_cast<long long>(tile.b_batch) * blocks + tile.first_block();
     a = p.a_scale + a_block * p.m + tile.m0 + a_lane;

@@ -207,9 +207,7 @@ struct Tiles {
   // A part of a tile: the first consumer's. There is no tile behind it.
   __forceinline__ bool slice() const { return config.slices() > 1 && index >= p.first_slice; }
 
-  // The first row of A that is not loaded. Behind a contiguous group's last one others follow.
-  __forceinline__ int a_end() const { return config.groups == kContiguous ? p.m : m_end; }
-  __forceinline__ bool a_whole() const { return m0 + config.block_m <= a_end(); }
+  __forceinline__ bool a_whole() const { return m0 + config.block_m <= m_end; }
   __forceinline__ bool b_whole() const { return n0 + config.block_n <= p.n; }
 
   // Blocks of K, counted from K's beginning wherever the group's is. There is one at least: of a
