@@ -33,6 +33,11 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == config.smem_bytes() && config.threads() == kWarps * 32);
 
+__forceinline__ void clear(const TilesParams& p, int batch, int row) {
+  const float scale = scale_of<config.e5m2>(0, p.round_up);
+  clear_row<config.threads()>(p.data, p.scale, scale, p.m, p.k, batch, row);
+}
+
 struct Tile {
   const TilesParams& p;
   Shared& shared;
@@ -168,11 +173,8 @@ extern "C" __global__ void __launch_bounds__(deepgemm::quantize::config.threads(
   const int tiles = p.tiles.count();
   if constexpr (config.tiling == kBothWays) {
     if (int(blockIdx.x) >= tiles) {
-      return clear_rows_of_none(
-          blockIdx.x - tiles, p.group_sizes, p.groups, p.m, [&](int batch, int row) {
-            clear_row<config.threads()>(p.data, p.scale, scale_of<config.e5m2>(0, p.round_up), p.m,
-                                        p.k, batch, row);
-          });
+      return clear_rows_of_none(blockIdx.x - tiles, p.group_sizes, p.groups, p.m,
+                                [&](int batch, int row) { clear(p, batch, row); });
     }
   }
   Tile tile{p, *reinterpret_cast<Shared*>(memory)};
