@@ -486,9 +486,12 @@ class _Call:
             out = jax.lax.psum(out, self.axes.tensor)
         if valid is not None:
             out = jnp.where(valid[:, None], out, 0)
+        out = out.astype(x.dtype)
         if self.axes.of_tokens:
+            # Beside a product, which fills the GPU, the sum would keep it waiting, or wait for it.
+            out, stats = jax.lax.optimization_barrier((out, stats))
             stats = jax.lax.psum(stats, self.axes.of_tokens)
-        return out.astype(x.dtype), stats
+        return out, stats
 
     def experts_of(
         self, x: Any, params: MoEParams, experts: jax.Array, weights: jax.Array
